@@ -1,0 +1,3 @@
+//! `cargo xtask`: demo, test, bench, guests.
+#![forbid(unsafe_code)]
+fn main() {}
