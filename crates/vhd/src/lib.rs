@@ -1,2 +1,1 @@
 //! Placeholder: see the crate description.
-
