@@ -1,0 +1,7 @@
+//! To be written.
+/// Set pointers.
+#[repr(C)]
+#[derive(Default)]
+pub struct TlbPointers { }
+/// The MMU.
+pub struct Mmu { }
