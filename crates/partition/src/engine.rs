@@ -118,6 +118,8 @@ pub struct Abilities {
     pub doorbells: bool,
     /// [`Partition::set_auto_eoi`] works.
     pub auto_eoi: bool,
+    /// [`Partition::apic_read`] and [`Partition::apic_write`] work.
+    pub apic_access: bool,
 }
 
 /// Counters of an engine; a counter that it does not keep is zero.
@@ -184,6 +186,10 @@ pub enum RunExit {
 pub trait Engine: Send + Sync {
     /// Name, as in `--engine`.
     fn name(&self) -> &'static str;
+    /// What its partitions can do: the same as [`Partition::abilities`], known before CPUID tables are made.
+    fn abilities(&self) -> Abilities {
+        Abilities::default()
+    }
     /// Makes a partition. VPs start in the reset state.
     fn create(&self, config: PartitionConfig) -> Result<Arc<dyn Partition>, EngineError>;
 }
@@ -219,6 +225,18 @@ pub trait Partition: Send + Sync {
     /// Vectors whose interrupts are acknowledged by the APIC itself as soon as they are delivered (SynIC auto-EOI).
     /// Only with [`Abilities::auto_eoi`].
     fn set_auto_eoi(&self, vp: VpIndex, vectors: [u64; 4]);
+    /// Reads a register of the VP's own local APIC, by its x2APIC number (offset in the register page divided by 16;
+    /// the interrupt command register 0x30 has 64 bits in x2APIC format), whatever mode the APIC is in. To be called on
+    /// the VP's own thread, inside an exit. Only with [`Abilities::apic_access`].
+    fn apic_read(&self, vp: VpIndex, register: u32) -> u64 {
+        let _ = (vp, register);
+        0
+    }
+    /// Writes a register of the VP's own local APIC, with all effects (a write to 0x0b is an end of interrupt); see
+    /// [`Partition::apic_read`].
+    fn apic_write(&self, vp: VpIndex, register: u32, value: u64) {
+        let _ = (vp, register, value);
+    }
     /// A write of 4 bytes to `gpa` signals the event and causes no exit. Only with [`Abilities::doorbells`].
     fn register_doorbell(&self, gpa: crate::Gpa, event: std::os::fd::BorrowedFd<'_>) -> Result<(), EngineError>;
     /// Starts or stops recording which pages are written. Starting clears the record.
