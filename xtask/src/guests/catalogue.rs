@@ -1,0 +1,153 @@
+//! What can be fetched, by name.
+
+/// How a catalogue item is laid out after extraction.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A kernel: `kernels/NAME/{vmlinuz,config,version,modules}`.
+    Kernel,
+    /// Anything else: `tools/NAME/` is a tree of files.
+    Tool,
+}
+
+/// One name of the catalogue.
+#[derive(Debug)]
+pub struct Item {
+    /// The name that is typed and that the folder has.
+    pub name: &'static str,
+    /// Kernel or tool.
+    pub kind: Kind,
+    /// Debian suite.
+    pub suite: &'static str,
+    /// Debian architecture.
+    pub arch: &'static str,
+    /// Packages asked for.
+    pub packages: &'static [&'static str],
+    /// Whether everything that they depend on (shared libraries) is fetched too.
+    pub dependencies: bool,
+    /// Packages of the closure that nobody needs here.
+    pub without: &'static [&'static str],
+    /// One line for `cargo xtask guests --list`.
+    pub about: &'static str,
+}
+
+impl Item {
+    /// One line that changes when the item must be fetched anew. The number counts changes of the layout.
+    pub fn recipe(&self) -> String {
+        format!(
+            "1 {:?} {} {} {} {} -{}",
+            self.kind,
+            self.suite,
+            self.arch,
+            self.dependencies,
+            self.packages.join(","),
+            self.without.join(",")
+        )
+    }
+}
+
+const fn kernel(
+    name: &'static str,
+    suite: &'static str,
+    packages: &'static [&'static str],
+    about: &'static str,
+) -> Item {
+    Item { name, kind: Kind::Kernel, suite, arch: "amd64", packages, dependencies: false, without: &[], about }
+}
+
+/// A tool of Bookworm with its shared libraries.
+const fn program(name: &'static str, packages: &'static [&'static str], about: &'static str) -> Item {
+    Item {
+        name,
+        kind: Kind::Tool,
+        suite: "bookworm",
+        arch: "amd64",
+        packages,
+        dependencies: true,
+        without: MAINTAINER_ONLY,
+        about,
+    }
+}
+
+/// Files that are used as they are: firmware, boot loaders, static programs.
+const fn files(
+    name: &'static str,
+    suite: &'static str,
+    packages: &'static [&'static str],
+    about: &'static str,
+) -> Item {
+    Item { name, kind: Kind::Tool, suite, arch: "amd64", packages, dependencies: false, without: &[], about }
+}
+
+/// What programs depend on only for being installed.
+const MAINTAINER_ONLY: &[&str] = &[
+    "adduser",
+    "debconf",
+    "dpkg",
+    "passwd",
+    "login",
+    "libpam-modules",
+    "libpam-modules-bin",
+    "perl-base",
+    "init-system-helpers",
+];
+
+/// What `cargo xtask guests` fetches when no name is given: what `demo`, `test` and `bench boot` need.
+pub const DEFAULT: &[&str] =
+    &["bookworm-cloud", "bookworm-generic", "trixie-cloud", "busybox", "stress-ng", "seabios", "qemu"];
+
+/// Everything that can be fetched by name.
+pub const CATALOGUE: &[Item] = &[
+    kernel("bookworm-cloud", "bookworm", &["linux-image-cloud-amd64"], "Debian 12 kernel for clouds (6.1)"),
+    kernel("bookworm-generic", "bookworm", &["linux-image-amd64"], "Debian 12 kernel with every driver (6.1)"),
+    kernel("trixie-cloud", "trixie", &["linux-image-cloud-amd64"], "Debian 13 kernel for clouds (6.12)"),
+    kernel("trixie-generic", "trixie", &["linux-image-amd64"], "Debian 13 kernel with every driver (6.12)"),
+    Item {
+        name: "bookworm-686",
+        kind: Kind::Kernel,
+        suite: "bookworm",
+        arch: "i386",
+        packages: &["linux-image-686"],
+        dependencies: false,
+        without: &[],
+        about: "Debian 12 kernel for 32-bit processors",
+    },
+    files("busybox", "bookworm", &["busybox-static"], "the guest's shell and small commands"),
+    program("stress-ng", &["stress-ng"], "load and verify: stress-ng with its libraries"),
+    program("qemu", &["qemu-system-x86"], "QEMU, the yardstick of `bench`; not needed to run guests"),
+    program("programs", PROGRAMS, "compiler, Python and text tools that `bench cpu` runs"),
+    program("fio", &["fio"], "disk load with verification"),
+    program("hyperv-daemons", &["hyperv-daemons"], "guest daemons for KVP, VSS and file copy"),
+    program("network", &["iproute2", "iperf3", "isc-dhcp-client", "ethtool"], "network tools for guests"),
+    program(
+        "disk-tools",
+        &["e2fsprogs", "util-linux", "gdisk", "dosfstools", "mtools", "xorriso"],
+        "make disks and file systems",
+    ),
+    program("mmdebstrap", &["mmdebstrap"], "make root file systems"),
+    program("efitools", &["efitools", "sbsigntool"], "sign and inspect EFI images; unsigned images for refusals"),
+    files("seabios", "bookworm", &["seabios"], "generation 1 BIOS and video BIOS images"),
+    files("ovmf", "trixie", &["ovmf"], "reference UEFI with Microsoft's keys in its variables"),
+    files("shim-signed", "bookworm", &["shim-signed"], "first boot loader, signed by Microsoft"),
+    files("grub-efi", "bookworm", &["grub-efi-amd64-signed"], "second boot loader, signed by Debian"),
+    files("grub-rescue", "bookworm", &["grub-rescue-pc"], "BIOS boot CD and floppy images"),
+    files("isolinux", "bookworm", &["isolinux", "syslinux-common"], "BIOS boot loader for CDs"),
+    files("memtest86", "bookworm", &["memtest86+"], "a guest without an operating system"),
+    files("ipxe", "bookworm", &["ipxe"], "network boot loaders"),
+    files("netboot", "bookworm", &["debian-installer-12-netboot-amd64"], "the installer's network boot tree"),
+];
+
+/// Real programs for `bench cpu`.
+const PROGRAMS: &[&str] = &[
+    "cpp-12",
+    "gcc-12",
+    "binutils",
+    "libc6-dev",
+    "python3-minimal",
+    "libpython3-stdlib",
+    "gzip",
+    "coreutils",
+    "gawk",
+    "grep",
+    "dash",
+    "findutils",
+];
