@@ -5,8 +5,9 @@
 #![forbid(unsafe_code)]
 
 mod guests;
+mod initramfs;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -21,6 +22,7 @@ struct Cli {
 #[derive(Subcommand)]
 enum Xtask {
     Guests(GuestsArgs),
+    Initramfs(InitramfsArgs),
 }
 
 /// Fetch guest kernels and tools from Debian's packages.
@@ -43,6 +45,23 @@ struct GuestsArgs {
     prune: bool,
 }
 
+/// Build an initramfs for a fetched kernel and print the paths of both.
+///
+/// The image boots to a busybox shell, or runs tests/guest/NAME.sh with viridian.test=NAME (arguments:
+/// viridian.args=A,B), or a script with viridian.run=BASE64; viridian.after=poweroff|reboot|shell says what follows.
+#[derive(clap::Args)]
+struct InitramfsArgs {
+    /// Kernel of the catalogue
+    #[arg(default_value = "bookworm-cloud")]
+    kernel: String,
+    /// Modules to load at start, comma-separated (what they depend on is added)
+    #[arg(long, value_delimiter = ',')]
+    modules: Vec<String>,
+    /// Programs to add with their libraries, as TOOL:PATH (stress-ng:usr/bin/stress-ng)
+    #[arg(long)]
+    program: Vec<String>,
+}
+
 /// The folder of the workspace's `Cargo.toml`.
 fn workspace_root() -> PathBuf {
     let mut dir = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
@@ -63,6 +82,7 @@ fn main() -> ExitCode {
 fn run(cli: Cli) -> Result<ExitCode> {
     match cli.command {
         Xtask::Guests(args) => run_guests(&args),
+        Xtask::Initramfs(args) => run_initramfs(args),
     }
 }
 
@@ -84,5 +104,22 @@ fn run_guests(args: &GuestsArgs) -> Result<ExitCode> {
         if args.names.is_empty() { guests::DEFAULT.to_vec() } else { args.names.iter().map(String::as_str).collect() };
     guests.fetch(&names, args.refresh)?;
     println!("{} ready in {}", names.join(", "), guests.root().display());
+    Ok(ExitCode::SUCCESS)
+}
+
+fn run_initramfs(args: InitramfsArgs) -> Result<ExitCode> {
+    let guests = guests::Guests::locate();
+    let mut contents = initramfs::Contents { modules: args.modules, ..Default::default() };
+    for program in &args.program {
+        let (tool, path) = program.split_once(':').context("--program expects TOOL:PATH")?;
+        contents.programs.push((tool.to_owned(), path.to_owned()));
+    }
+    let mut needed = vec![args.kernel.as_str(), "busybox"];
+    needed.extend(contents.programs.iter().map(|(tool, _)| tool.as_str()));
+    guests.ensure(&needed)?;
+    let kernel = guests.kernel(&args.kernel)?;
+    eprintln!("kernel {} and its image:", kernel.version);
+    println!("{}", kernel.image.display());
+    println!("{}", initramfs::build(&guests, &kernel, &contents)?.display());
     Ok(ExitCode::SUCCESS)
 }

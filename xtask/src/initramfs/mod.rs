@@ -1,0 +1,141 @@
+//! Initramfs images: static busybox, the modules that a test needs, programs of Debian's packages, and an `/init` that
+//! runs a script and prints its verdict.
+//!
+//! An image is named after its contents (SHA-256 of the uncompressed archive), so an image that is there is right.
+
+pub mod cpio;
+mod modules;
+mod programs;
+
+use crate::guests::{Guests, Kernel};
+use anyhow::{Context, Result, bail};
+use cpio::{Archive, Node};
+use modules::Modules;
+use sha2::{Digest, Sha256};
+use std::fmt::Write as _;
+use std::fs;
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::process::Command;
+
+const INIT: &str = include_str!("init.sh");
+const RUN: &str = include_str!("run.sh");
+
+/// What goes into an image beside busybox and `/init`.
+#[derive(Clone, Debug, Default)]
+pub struct Contents {
+    /// Modules, loaded by `/init` in this order, each after what it depends on.
+    pub modules: Vec<String>,
+    /// Programs with their libraries: tool of the catalogue, path in its tree.
+    pub programs: Vec<(String, String)>,
+    /// Whole trees of tools, without documentation.
+    pub trees: Vec<String>,
+    /// Files of our own: path, permission bits, contents.
+    pub files: Vec<(String, u32, Vec<u8>)>,
+    /// Leave the archive uncompressed: large images unpack faster in the guest.
+    pub uncompressed: bool,
+}
+
+/// Builds the image, or finds it.
+///
+/// # Errors
+/// When something that goes into it is missing.
+pub fn build(guests: &Guests, kernel: &Kernel, contents: &Contents) -> Result<PathBuf> {
+    let mut archive = Archive::default();
+    add_base(&mut archive, guests)?;
+    add_tests(&mut archive)?;
+    let mut list = String::new();
+    if !contents.modules.is_empty() {
+        for module in Modules::open(&kernel.modules)?
+            .closure(&contents.modules)
+            .with_context(|| format!("kernel {}", kernel.name))?
+        {
+            writeln!(list, "{}", module.file_name)?;
+            archive.file(&format!("lib/viridian/modules/{}", module.file_name), 0o644, module.data);
+        }
+    }
+    archive.file("lib/viridian/modules.list", 0o644, list);
+    for tree in &contents.trees {
+        programs::add_tree(&mut archive, &guests.tool(tree), &is_documentation)?;
+    }
+    for (tool, path) in &contents.programs {
+        programs::add_program(&mut archive, &guests.tool(tool), path)?;
+    }
+    for (path, mode, data) in &contents.files {
+        archive.file(path, *mode, data.clone());
+    }
+    store(guests, &archive, contents.uncompressed)
+}
+
+fn is_documentation(path: &str) -> bool {
+    ["usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info", "usr/share/lintian", "usr/share/bug"]
+        .contains(&path)
+}
+
+fn add_base(archive: &mut Archive, guests: &Guests) -> Result<()> {
+    let busybox = guests.tool("busybox").join("bin/busybox");
+    let data = fs::read(&busybox).with_context(|| format!("cannot read {}", busybox.display()))?;
+    archive.file("bin/busybox", 0o755, data);
+    // The program runs on the host as well, and knows its own commands.
+    let output = Command::new(&busybox).arg("--list").output().context("cannot run the fetched busybox")?;
+    if !output.status.success() {
+        bail!("{} --list failed", busybox.display());
+    }
+    for applet in String::from_utf8_lossy(&output.stdout).lines().filter(|a| *a != "busybox" && !a.is_empty()) {
+        archive.link(&format!("bin/{applet}"), "busybox");
+    }
+    for dir in ["dev", "proc", "sys", "run", "tmp", "root", "etc", "sbin", "mnt"] {
+        archive.add(dir, Node::Directory);
+    }
+    archive.add("dev/console", Node::Character { major: 5, minor: 1 });
+    archive.add("dev/null", Node::Character { major: 1, minor: 3 });
+    archive.file("etc/passwd", 0o644, "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n");
+    archive.file("etc/group", 0o644, "root:x:0:\nnogroup:x:65534:\n");
+    archive.file(
+        "etc/profile",
+        0o644,
+        "PS1='viridian:\\w# '\nalias poweroff='poweroff -f' reboot='reboot -f' halt='halt -f'\n",
+    );
+    archive.file("init", 0o755, INIT);
+    archive.file("lib/viridian/run.sh", 0o644, RUN);
+    Ok(())
+}
+
+/// Every script of `tests/guest` is in every image: they are small, and one image serves many tests.
+fn add_tests(archive: &mut Archive) -> Result<()> {
+    let dir = crate::workspace_root().join("tests/guest");
+    for entry in fs::read_dir(&dir).with_context(|| format!("cannot read {}", dir.display()))? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|e| e == "sh") {
+            let name = path.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+            archive.file(&format!("tests/{name}"), 0o755, fs::read(&path)?);
+        }
+    }
+    Ok(())
+}
+
+fn store(guests: &Guests, archive: &Archive, uncompressed: bool) -> Result<PathBuf> {
+    let mut bytes = Vec::new();
+    archive.write(&mut bytes)?;
+    let mut name = String::new();
+    for byte in &Sha256::digest(&bytes)[..12] {
+        write!(name, "{byte:02x}")?;
+    }
+    name.push_str(if uncompressed { ".cpio" } else { ".cpio.gz" });
+    let dir = guests.root().join("initramfs");
+    let path = dir.join(&name);
+    if path.exists() {
+        return Ok(path);
+    }
+    fs::create_dir_all(&dir)?;
+    if !uncompressed {
+        let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::default());
+        encoder.write_all(&bytes)?;
+        bytes = encoder.finish()?;
+    }
+    // Another process may build the same image: write aside, then rename.
+    let temporary = dir.join(format!("{name}.{}", std::process::id()));
+    fs::write(&temporary, bytes).with_context(|| format!("cannot write {}", temporary.display()))?;
+    fs::rename(&temporary, &path)?;
+    Ok(path)
+}
