@@ -109,6 +109,8 @@ pub struct VpBlock {
     /// Where execution goes on if the current instruction completes. Set to `rip + length` before a handler runs;
     /// branches change it.
     pub next_rip: u64,
+    /// Always zero: stands in for an absent base, index or segment base in pre-digested operands.
+    pub zero: u64,
     /// All RFLAGS bits, architectural.
     pub rflags: u64,
     /// See [`attention`].
