@@ -17,3 +17,4 @@ pub mod bytes;
 pub mod guid;
 pub mod pe;
 pub mod secure;
+pub mod variables;
