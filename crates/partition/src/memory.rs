@@ -95,6 +95,8 @@ pub mod page_flags {
     pub const CODE: u8 = 1;
     /// Written since dirty tracking was started or the record was last taken.
     pub const DIRTY: u8 = 2;
+    /// Some VP of the engine may hold a cached write permission for this page.
+    pub const WRITE_CACHED: u8 = 4;
 }
 
 /// A piece of host memory that can be mapped into a guest.
@@ -193,6 +195,11 @@ impl MemoryBlock {
     /// Host address of the first byte. For engines.
     pub fn as_ptr(&self) -> *mut u8 {
         self.ptr
+    }
+
+    /// The flags of its pages ([`page_flags`]). For engines.
+    pub fn flags(&self) -> &[AtomicU8] {
+        &self.flags
     }
 
     /// Copies bytes out, whatever maps the block. `None` if the range is not inside it.
@@ -731,20 +738,23 @@ impl GuestMemory {
     /// Takes and clears the dirty flags of a page-aligned range; pages that are not mapped are clean.
     pub fn take_dirty(&self, gpa: Gpa, pages: u64) -> crate::DirtyPages {
         let mut bits = vec![0u64; usize::try_from(pages.div_ceil(64)).unwrap_or(0)];
-        // Engines drop their cached write permissions first: a write after this line marks its page again.
-        self.observe(|o| o.dirty_reset());
-        let map = self.map.read().unwrap_or_else(|e| e.into_inner());
-        for page in 0..pages {
-            let at = gpa.0 + page * PAGE_SIZE;
-            if let Some(m) = map.find(at) {
-                let index = ((m.offset + (at - m.gpa.0)) / PAGE_SIZE) as usize;
-                let flags = &m.block.flags[index];
-                if flags.load(Ordering::Relaxed) & page_flags::DIRTY != 0 {
-                    flags.fetch_and(!page_flags::DIRTY, Ordering::Relaxed);
-                    bits[(page / 64) as usize] |= 1 << (page % 64);
+        {
+            let map = self.map.read().unwrap_or_else(|e| e.into_inner());
+            for page in 0..pages {
+                let at = gpa.0 + page * PAGE_SIZE;
+                if let Some(m) = map.find(at) {
+                    let index = ((m.offset + (at - m.gpa.0)) / PAGE_SIZE) as usize;
+                    let flags = &m.block.flags[index];
+                    if flags.load(Ordering::Relaxed) & page_flags::DIRTY != 0 {
+                        flags.fetch_and(!page_flags::DIRTY, Ordering::Relaxed);
+                        bits[(page / 64) as usize] |= 1 << (page % 64);
+                    }
                 }
             }
         }
+        // Only now do engines drop their cached write permissions: a write through one of them between the two steps is
+        // on a page that is reported here, and its bytes are there before the caller reads them.
+        self.observe(|o| o.dirty_reset());
         crate::DirtyPages { bits }
     }
 }

@@ -1,7 +1,0 @@
-//! To be written.
-/// Set pointers.
-#[repr(C)]
-#[derive(Default)]
-pub struct TlbPointers { }
-/// The MMU.
-pub struct Mmu { }
