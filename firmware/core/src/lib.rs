@@ -13,8 +13,12 @@ extern crate alloc;
 #[cfg(test)]
 extern crate std;
 
+pub mod block;
 pub mod bytes;
+pub mod fat;
 pub mod guid;
+pub mod iso9660;
+pub mod partition;
 pub mod pe;
 pub mod secure;
 pub mod variables;
