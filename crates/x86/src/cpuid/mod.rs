@@ -1,4 +1,12 @@
-//! CPUID tables.
+//! CPUID tables, feature bits by name, and the processor models that guests can be given.
+
+pub mod bits;
+mod model;
+
+pub use model::{
+    APIC_TIMER_HZ, ARCH_CAPABILITIES, CpuModel, LINEAR_ADDRESS_BITS, ModelError, PHYSICAL_ADDRESS_BITS, Vendor,
+    host_cpuid,
+};
 
 use serde::{Deserialize, Serialize};
 
