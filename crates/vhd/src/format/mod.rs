@@ -1,0 +1,4 @@
+//! On-disk structures exactly as their specifications give them: plain types, size assertions, no logic.
+
+pub mod vhd;
+pub mod vhdx;

@@ -1,0 +1,7 @@
+//! What is done to whole images: making, looking, checking, changing their form.
+
+pub mod create;
+pub(crate) mod replace;
+
+/// Told how far a long operation is: bytes done of bytes in all. Returning false cancels it.
+pub type Progress<'a> = &'a mut dyn FnMut(u64, u64) -> bool;
