@@ -15,6 +15,7 @@ extern crate std;
 
 pub mod block;
 pub mod bytes;
+pub mod devpath;
 pub mod fat;
 pub mod guid;
 pub mod iso9660;
