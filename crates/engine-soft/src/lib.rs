@@ -20,6 +20,8 @@ pub mod run;
 pub mod segmentation;
 pub mod stack;
 pub mod system;
+pub mod signals;
 pub mod task;
+pub mod translate;
 pub mod vp;
 pub mod xstate;

@@ -1,0 +1,116 @@
+//! Memory for generated code: one memfd, mapped twice. The writable mapping is never executable and the executable one
+//! never writable (W^X), and no call changes protections while VPs run.
+
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+/// A region of generated code.
+pub struct CodeMemory {
+    write: *mut u8,
+    exec: *const u8,
+    len: usize,
+}
+
+// SAFETY: two plain mappings; who writes where is decided by the owner (`&mut` or a lock around it).
+unsafe impl Send for CodeMemory {}
+// SAFETY: as above.
+unsafe impl Sync for CodeMemory {}
+
+impl CodeMemory {
+    /// Maps `len` bytes (rounded up to 2 MiB if larger than that, else to 4 KiB). Fails with the host's reason where
+    /// executable memory files are forbidden (`vm.memfd_noexec`, SELinux `execmem`).
+    pub fn new(len: usize) -> io::Result<Self> {
+        const HUGE: usize = 2 << 20;
+        let unit = if len >= HUGE { HUGE } else { 4096 };
+        let len = len.next_multiple_of(unit);
+        // SAFETY: constant terminated name. MFD_EXEC (0x10) is refused by kernels before 6.3, which is tried second.
+        let fd = unsafe {
+            let raw = libc::memfd_create(c"viridian-code".as_ptr(), libc::MFD_CLOEXEC | 0x10);
+            let raw = if raw < 0 { libc::memfd_create(c"viridian-code".as_ptr(), libc::MFD_CLOEXEC) } else { raw };
+            if raw < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            OwnedFd::from_raw_fd(raw)
+        };
+        // SAFETY: a valid descriptor.
+        if unsafe { libc::ftruncate(fd.as_raw_fd(), len as libc::off_t) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let write = map(&fd, len, unit, libc::PROT_READ | libc::PROT_WRITE)?;
+        let exec = match map(&fd, len, unit, libc::PROT_READ | libc::PROT_EXEC) {
+            Ok(exec) => exec,
+            Err(error) => {
+                // SAFETY: the mapping just made.
+                unsafe { libc::munmap(write.cast(), len) };
+                return Err(error);
+            }
+        };
+        Ok(Self { write, exec, len })
+    }
+
+    /// Bytes.
+    #[allow(clippy::len_without_is_empty)] // never empty
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Executable address of an offset.
+    pub fn exec(&self, offset: usize) -> *const u8 {
+        debug_assert!(offset <= self.len);
+        self.exec.wrapping_add(offset)
+    }
+
+    /// Writable address of an offset.
+    pub fn writable(&self, offset: usize) -> *mut u8 {
+        debug_assert!(offset <= self.len);
+        self.write.wrapping_add(offset)
+    }
+
+    /// Copies code in; false if it does not fit.
+    pub fn put(&mut self, offset: usize, code: &[u8]) -> bool {
+        if offset.checked_add(code.len()).is_none_or(|end| end > self.len) {
+            return false;
+        }
+        // SAFETY: the range was checked against the mapping; `&mut self` excludes other writers.
+        unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.write.add(offset), code.len()) };
+        true
+    }
+}
+
+impl Drop for CodeMemory {
+    fn drop(&mut self) {
+        // SAFETY: both mappings are ours, and nobody executes in them any more: the owner outlives the VPs' threads.
+        unsafe {
+            libc::munmap(self.write.cast(), self.len);
+            libc::munmap(self.exec.cast_mut().cast(), self.len);
+        }
+    }
+}
+
+/// Maps the whole file at an address that is a multiple of `align`.
+fn map(fd: &OwnedFd, len: usize, align: usize, protection: i32) -> io::Result<*mut u8> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    // SAFETY: a fresh reservation; the file is mapped over an aligned part of it and the rest is given back.
+    unsafe {
+        let base = libc::mmap(std::ptr::null_mut(), len + align, libc::PROT_NONE, flags, -1, 0);
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let start = (base as usize).next_multiple_of(align);
+        let at = libc::mmap(start as *mut _, len, protection, libc::MAP_SHARED | libc::MAP_FIXED, fd.as_raw_fd(), 0);
+        if at == libc::MAP_FAILED {
+            let error = io::Error::last_os_error();
+            libc::munmap(base, len + align);
+            return Err(error);
+        }
+        let head = start - base as usize;
+        if head > 0 {
+            libc::munmap(base, head);
+        }
+        if align > head {
+            libc::munmap((start + len) as *mut _, align - head);
+        }
+        libc::madvise(at, len, libc::MADV_HUGEPAGE);
+        Ok(at.cast())
+    }
+}
