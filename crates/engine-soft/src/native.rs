@@ -10,6 +10,7 @@
 //! saving and restoring of state ([`crate::xstate`]).
 
 pub mod masked;
+pub mod operand;
 pub mod thunk;
 
 use crate::interp::{Handler, Insn};
@@ -17,9 +18,7 @@ use crate::segmentation::Want;
 use crate::translate::code_memory::CodeMemory;
 use crate::vp::{CodeSize, Exec, Fault, SoftVp, XsaveArea};
 use crate::xstate;
-use iced_x86::{
-    CpuidFeature, Encoder, EncodingKind, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register,
-};
+use iced_x86::{CpuidFeature, Encoder, EncodingKind, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 use std::cell::RefCell;
 use std::collections::HashMap;
 pub use thunk::{host_components, take_signal};
@@ -53,9 +52,10 @@ pub fn unit(i: &iced_x86::Instruction) -> Option<Unit> {
         EncodingKind::VEX => {
             let vector = vector || matches!(i.mnemonic(), Mnemonic::Vzeroupper | Mnemonic::Vzeroall);
             // The mask instructions of AVX-512 are VEX-encoded too; no model offers them.
-            let offered = i.cpuid_features().iter().all(|f| {
-                matches!(f, F::AVX | F::AVX2 | F::FMA | F::F16C | F::AES | F::PCLMULQDQ)
-            });
+            let offered = i
+                .cpuid_features()
+                .iter()
+                .all(|f| matches!(f, F::AVX | F::AVX2 | F::FMA | F::F16C | F::AES | F::PCLMULQDQ));
             (vector && offered).then_some(Unit::Avx)
         }
         EncodingKind::Legacy => {
@@ -360,7 +360,7 @@ fn execute(vp: &mut SoftVp, insn: &Insn) -> Exec {
     let mut address = 0;
     if let Some(m) = &stub.memory {
         let want = if m.write { Want::Write } else { Want::Read };
-        address = vp.linear_operand(insn, m.operand, m.size, want)?;
+        address = operand::linear(vp, insn, m.size, want)?;
         if m.aligned && address & (m.size as u64 - 1) != 0 {
             return Err(Fault::GP0);
         }
@@ -407,7 +407,7 @@ fn execute(vp: &mut SoftVp, insn: &Insn) -> Exec {
     vp.s.rflags = vp.s.rflags & !rflags::STATUS | context.rflags & rflags::STATUS;
     if stub.sets_pointers {
         let opcode = fop(&insn.bytes[..insn.iced.len()]);
-        let data = stub.memory.map(|_| vp.effective_address(insn).1);
+        let data = stub.memory.map(|_| operand::effective_address(vp, insn).1);
         let p = xstate::Pointers { fip: vp.s.rip, fdp: data.unwrap_or(pointers.fdp), fop: opcode };
         xstate::set_pointers(&mut vp.s.xsave, p);
     }

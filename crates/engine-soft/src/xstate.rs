@@ -6,7 +6,7 @@
 //! (deprecated, CPUID.7.0:EBX bit 13).
 
 use crate::interp::{Handler, Insn};
-use crate::native::{self, Unit, check_available};
+use crate::native::{self, Unit, check_available, operand};
 use crate::segmentation::Want;
 use crate::vp::{CodeSize, Exec, Fault, SoftVp, XsaveArea};
 use iced_x86::{Code, Mnemonic};
@@ -175,7 +175,7 @@ pub fn handler(i: &iced_x86::Instruction) -> Option<Handler> {
 
 fn load_mxcsr(vp: &mut SoftVp, insn: &Insn, unit: Unit) -> Exec {
     check_available(vp, unit)?;
-    let address = vp.linear_operand(insn, 0, 4, Want::Read)?;
+    let address = operand::linear(vp, insn, 4, Want::Read)?;
     let value = vp.read_u32(address)?;
     if value & !xsave::MXCSR_MASK != 0 {
         return Err(Fault::GP0);
@@ -186,7 +186,7 @@ fn load_mxcsr(vp: &mut SoftVp, insn: &Insn, unit: Unit) -> Exec {
 
 fn store_mxcsr(vp: &mut SoftVp, insn: &Insn, unit: Unit) -> Exec {
     check_available(vp, unit)?;
-    let address = vp.linear_operand(insn, 0, 4, Want::Write)?;
+    let address = operand::linear(vp, insn, 4, Want::Write)?;
     vp.write_u32(address, get_u32(&vp.s.xsave, legacy::MXCSR))
 }
 
@@ -234,7 +234,7 @@ fn fast_fx(vp: &SoftVp) -> bool {
 
 fn fxsave(vp: &mut SoftVp, insn: &Insn) -> Exec {
     check_fx(vp)?;
-    let address = vp.linear_operand(insn, 0, xsave::LEGACY_SIZE, Want::Write)?;
+    let address = operand::linear(vp, insn, xsave::LEGACY_SIZE, Want::Write)?;
     if address & 15 != 0 {
         return Err(Fault::GP0);
     }
@@ -250,7 +250,7 @@ fn fxsave(vp: &mut SoftVp, insn: &Insn) -> Exec {
 
 fn fxrstor(vp: &mut SoftVp, insn: &Insn) -> Exec {
     check_fx(vp)?;
-    let address = vp.linear_operand(insn, 0, xsave::LEGACY_SIZE, Want::Read)?;
+    let address = operand::linear(vp, insn, xsave::LEGACY_SIZE, Want::Read)?;
     if address & 15 != 0 {
         return Err(Fault::GP0);
     }
@@ -303,7 +303,7 @@ fn requested(vp: &SoftVp, insn: &Insn, supervisor: bool) -> Exec<(u64, bool)> {
 
 fn area_address(vp: &mut SoftVp, insn: &Insn, rfbm: u64, want: Want) -> Exec<(u64, usize)> {
     let size = if rfbm & xcr0::AVX != 0 { xsave::AREA_SIZE } else { xsave::AVX_OFFSET };
-    let address = vp.linear_operand(insn, 0, size, want)?;
+    let address = operand::linear(vp, insn, size, want)?;
     if address & 63 != 0 {
         return Err(Fault::GP0);
     }
@@ -457,12 +457,9 @@ impl EnvironmentForm {
         let rest = match (self.real, self.wide) {
             (false, true) => [fip, fop << 16, fdp, 0xffff_0000],
             (false, false) => [fip, 0, fdp, 0],
-            (true, true) => [
-                fip & 0xffff | 0xffff_0000,
-                (fip >> 16) << 12 | fop,
-                fdp & 0xffff | 0xffff_0000,
-                (fdp >> 16) << 12,
-            ],
+            (true, true) => {
+                [fip & 0xffff | 0xffff_0000, (fip >> 16) << 12 | fop, fdp & 0xffff | 0xffff_0000, (fdp >> 16) << 12]
+            }
             (true, false) => [fip, (fip >> 16 & 0xf) << 12 | fop, fdp, (fdp >> 16 & 0xf) << 12],
         };
         let mut bytes = [0; 28];
@@ -511,7 +508,7 @@ impl EnvironmentForm {
 fn store_environment(vp: &mut SoftVp, insn: &Insn) -> Exec {
     check_available(vp, Unit::X87)?;
     let form = EnvironmentForm::of(vp, insn);
-    let address = vp.linear_operand(insn, 0, form.size(), Want::Write)?;
+    let address = operand::linear(vp, insn, form.size(), Want::Write)?;
     let bytes = form.store(&vp.s.xsave);
     vp.write_bytes(address, &bytes[..form.size()])?;
     // All exceptions are masked afterwards, and nothing is pending.
@@ -533,7 +530,7 @@ fn load_environment(vp: &mut SoftVp, insn: &Insn) -> Exec {
     check_available(vp, Unit::X87)?;
     check_pending(vp)?;
     let form = EnvironmentForm::of(vp, insn);
-    let address = vp.linear_operand(insn, 0, form.size(), Want::Read)?;
+    let address = operand::linear(vp, insn, form.size(), Want::Read)?;
     let mut bytes = [0; 28];
     vp.read_bytes(address, &mut bytes[..form.size()])?;
     load_keeping_registers(&mut vp.s.xsave, form, &bytes);
@@ -557,7 +554,7 @@ fn store_all(vp: &mut SoftVp, insn: &Insn) -> Exec {
     check_available(vp, Unit::X87)?;
     let form = EnvironmentForm::of(vp, insn);
     let size = form.size() + 80;
-    let address = vp.linear_operand(insn, 0, size, Want::Write)?;
+    let address = operand::linear(vp, insn, size, Want::Write)?;
     let mut area = [0; 108];
     area[..28].copy_from_slice(&form.store(&vp.s.xsave));
     for n in 0..8 {
@@ -575,7 +572,7 @@ fn load_all(vp: &mut SoftVp, insn: &Insn) -> Exec {
     check_pending(vp)?;
     let form = EnvironmentForm::of(vp, insn);
     let size = form.size() + 80;
-    let address = vp.linear_operand(insn, 0, size, Want::Read)?;
+    let address = operand::linear(vp, insn, size, Want::Read)?;
     let mut area = [0; 108];
     vp.read_bytes(address, &mut area[..size])?;
     let image = &mut vp.s.xsave;

@@ -1,7 +1,7 @@
 //! Masked moves and gathers: element by element, because a masked-out element must not be touched and a gather that
 //! faults keeps what it has done.
 
-use super::{Unit, check_available, unit};
+use super::{Unit, check_available, operand, unit};
 use crate::interp::{Handler, Insn};
 use crate::segmentation::Want;
 use crate::vp::{CodeSize, Exec, Fault, SoftVp};
@@ -89,7 +89,7 @@ fn masked_move(vp: &mut SoftVp, insn: &Insn, size: usize) -> Exec {
     let mask = xstate::ymm(&vp.s.xsave, number(mask_register));
     let selected: Vec<usize> = (0..count).filter(|n| mask[n * size + size - 1] & 0x80 != 0).collect();
     let want = if store { Want::Write } else { Want::Read };
-    let address = vp.linear_operand(insn, if store { 0 } else { 2 }, size, want)?;
+    let address = operand::linear(vp, insn, size, want)?;
     if store {
         let data = xstate::ymm(&vp.s.xsave, number(register));
         for n in &selected {
