@@ -4,8 +4,14 @@
 //! It never looks inside `viridian`: it starts the program as a user does and reads what it prints.
 #![forbid(unsafe_code)]
 
+mod bench;
+mod demo;
+mod guest_test;
 mod guests;
 mod initramfs;
+mod session;
+mod test;
+mod vm;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
@@ -21,8 +27,96 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Xtask {
+    Demo(DemoArgs),
+    Test(TestArgs),
+    Bench(BenchArgs),
     Guests(GuestsArgs),
     Initramfs(InitramfsArgs),
+}
+
+/// Boot Debian's kernel to a busybox shell on this terminal.
+///
+/// `poweroff` in the guest ends it. When standard input is no terminal, the guest runs a short script and powers off.
+#[derive(clap::Args)]
+struct DemoArgs {
+    /// Engine that executes the guest: soft, kvm or auto
+    #[arg(long, default_value = "auto")]
+    engine: String,
+    /// Kernel of the catalogue (cargo xtask guests --list)
+    #[arg(long, default_value = "bookworm-cloud")]
+    kernel: String,
+    /// Virtual processors
+    #[arg(long, default_value_t = 2)]
+    processors: u32,
+    /// Guest memory in MiB
+    #[arg(long, default_value_t = 512)]
+    memory: u32,
+}
+
+/// Check the format, run lints, unit and property tests, then boot real guests.
+///
+/// Ends with the line `N passed, N failed`. Serial logs of failed guest tests are kept in target/test-logs.
+#[derive(clap::Args)]
+struct TestArgs {
+    /// Only steps and guest tests whose name contains PATTERN
+    #[arg(long, value_name = "PATTERN")]
+    only: Option<String>,
+    /// Leave guest tests out
+    #[arg(long)]
+    no_guests: bool,
+    /// Show the steps and guest tests, and run none
+    #[arg(long)]
+    list: bool,
+    /// Engine for guest tests
+    #[arg(long, default_value = "soft")]
+    engine: String,
+    /// Run guest tests on another program (qemu), to tell its faults from ours
+    #[arg(long, hide = true)]
+    contender: Option<String>,
+    /// Include the tests that take long
+    #[arg(long)]
+    long: bool,
+    /// Duration of the long stress test in seconds
+    #[arg(long, default_value_t = 60)]
+    stress_seconds: u32,
+    /// Run guest tests on the optimised binary
+    #[arg(long)]
+    release: bool,
+    /// Multiply time limits, for slow or busy machines
+    #[arg(long, default_value_t = 1)]
+    patience: u32,
+}
+
+/// Measure Viridian against QEMU's code generator (TCG) on this machine.
+#[derive(clap::Args)]
+struct BenchArgs {
+    #[command(subcommand)]
+    what: BenchWhat,
+}
+
+#[derive(Subcommand)]
+enum BenchWhat {
+    Boot(BenchBootArgs),
+}
+
+/// Processor time from the start to the guest's init, same kernel and image for all.
+#[derive(clap::Args)]
+struct BenchBootArgs {
+    /// Rounds; the median counts
+    #[arg(long, default_value_t = 5)]
+    runs: u32,
+    /// Kernel of the catalogue
+    #[arg(long, default_value = "bookworm-cloud")]
+    kernel: String,
+    /// Contenders in order, the first is the yardstick: qemu or an engine
+    #[arg(long, value_delimiter = ',', default_value = "qemu,soft")]
+    contenders: Vec<String>,
+    /// Virtual processors
+    #[arg(long, default_value_t = 1)]
+    processors: u32,
+    /// Guest memory in MiB
+    #[arg(long, default_value_t = 512)]
+    memory: u32,
 }
 
 /// Fetch guest kernels and tools from Debian's packages.
@@ -81,6 +175,18 @@ fn main() -> ExitCode {
 
 fn run(cli: Cli) -> Result<ExitCode> {
     match cli.command {
+        Xtask::Demo(args) => demo::run(&args.engine, &args.kernel, args.processors, args.memory),
+        Xtask::Test(args) => test::run(&test::Options {
+            contender: args.contender.unwrap_or(args.engine),
+            only: args.only,
+            no_guests: args.no_guests,
+            list: args.list,
+            long: args.long,
+            stress_seconds: args.stress_seconds,
+            release: args.release,
+            patience: args.patience,
+        }),
+        Xtask::Bench(BenchArgs { what: BenchWhat::Boot(args) }) => bench_boot(args),
         Xtask::Guests(args) => run_guests(&args),
         Xtask::Initramfs(args) => run_initramfs(args),
     }
@@ -122,4 +228,17 @@ fn run_initramfs(args: InitramfsArgs) -> Result<ExitCode> {
     println!("{}", kernel.image.display());
     println!("{}", initramfs::build(&guests, &kernel, &contents)?.display());
     Ok(ExitCode::SUCCESS)
+}
+
+fn bench_boot(args: BenchBootArgs) -> Result<ExitCode> {
+    let guests = guests::Guests::locate();
+    let contenders =
+        args.contenders.iter().map(|name| vm::Contender::by_name(name, &guests, true)).collect::<Result<_>>()?;
+    bench::boot::run(&bench::boot::Options {
+        runs: args.runs.max(1),
+        kernel: args.kernel,
+        contenders,
+        processors: args.processors,
+        memory_mib: args.memory,
+    })
 }

@@ -1,0 +1,185 @@
+//! The list of guest tests.
+
+use crate::initramfs::Contents;
+
+/// One test.
+pub struct Case {
+    /// Name, as `boot/bookworm-cloud/1vp`.
+    pub name: String,
+    /// Whether it is left out of the ordinary run, for its duration.
+    pub long: bool,
+    /// Whether it checks Viridian's own behaviour and means nothing on another program.
+    pub viridian_only: bool,
+    /// What is done.
+    pub work: Work,
+}
+
+/// What a test does.
+pub enum Work {
+    /// Boots a kernel.
+    Boot(Box<Boot>),
+    /// Gives bad arguments.
+    Usage,
+}
+
+/// A boot and what must come of it.
+pub struct Boot {
+    /// Kernel of the catalogue.
+    pub kernel: &'static str,
+    /// Virtual processors.
+    pub processors: u32,
+    /// Guest memory in MiB.
+    pub memory_mib: u32,
+    /// Kernel command line after the console.
+    pub append: String,
+    /// Time limit on an idle machine.
+    pub seconds: u32,
+    /// What is typed into the serial line.
+    pub input: Option<Input>,
+    /// What must be seen.
+    pub expect: Expect,
+    /// Modules to load.
+    pub modules: &'static [&'static str],
+    /// Programs as (tool, path).
+    pub programs: &'static [(&'static str, &'static str)],
+}
+
+/// Typed text.
+pub struct Input {
+    /// It is typed when this was seen.
+    pub after: &'static str,
+    /// The text.
+    pub text: &'static str,
+}
+
+/// What must come of a boot.
+pub enum Expect {
+    /// The script's verdict is PASS, then the guest powers off and the program ends with status 0.
+    Verdict,
+    /// These texts appear, then the guest powers off and the program ends with status 0.
+    Text(&'static [&'static str]),
+    /// The guest boots this many times in one run of the program.
+    Boots(usize),
+    /// The program ends with an error that shows the processor's state.
+    TripleFault,
+}
+
+impl Case {
+    /// Processors of the host that the test keeps busy.
+    pub fn processors(&self) -> u32 {
+        match &self.work {
+            Work::Boot(boot) => boot.processors,
+            Work::Usage => 1,
+        }
+    }
+}
+
+impl Boot {
+    fn new(kernel: &'static str, processors: u32, append: impl Into<String>) -> Self {
+        Self {
+            kernel,
+            processors,
+            memory_mib: 512,
+            append: append.into(),
+            seconds: 300,
+            input: None,
+            expect: Expect::Verdict,
+            modules: &[],
+            programs: &[],
+        }
+    }
+
+    /// Catalogue names of the tools that the image needs.
+    pub fn tools(&self) -> impl Iterator<Item = &'static str> {
+        self.programs.iter().map(|(tool, _)| *tool)
+    }
+
+    /// What goes into the image.
+    pub fn contents(&self) -> Contents {
+        Contents {
+            modules: self.modules.iter().map(|m| (*m).to_owned()).collect(),
+            programs: self.programs.iter().map(|(tool, path)| ((*tool).to_owned(), (*path).to_owned())).collect(),
+            ..Contents::default()
+        }
+    }
+}
+
+const KERNELS: &[&str] = &["bookworm-cloud", "bookworm-generic", "trixie-cloud"];
+/// The script `check true`.
+const CHECK_TRUE: &str = "viridian.run=Y2hlY2sgdHJ1ZQo=";
+const STRESS: &[(&str, &str)] = &[("stress-ng", "usr/bin/stress-ng")];
+
+/// All tests. `long_seconds` is the duration of the long stress run.
+pub fn all(long_seconds: u32) -> Vec<Case> {
+    let boot = |name: &str, boot: Boot| Case {
+        name: name.to_owned(),
+        long: false,
+        viridian_only: false,
+        work: Work::Boot(Box::new(boot)),
+    };
+    let mut cases =
+        vec![Case { name: "run/bad-arguments".to_owned(), long: false, viridian_only: true, work: Work::Usage }];
+    for kernel in KERNELS {
+        for processors in [1, 2, 4] {
+            let append = format!("viridian.test=smoke viridian.args={processors},400");
+            cases.push(boot(&format!("boot/{kernel}/{processors}vp"), Boot::new(kernel, processors, append)));
+        }
+    }
+    cases.push(boot(
+        "boot/bookworm-cloud/large-memory",
+        Boot { memory_mib: 4608, ..Boot::new("bookworm-cloud", 1, "viridian.test=smoke viridian.args=1,4300") },
+    ));
+    cases.push(boot(
+        "shell/types-and-powers-off",
+        Boot {
+            input: Some(Input {
+                after: "viridian:",
+                text: "echo answer-$((6 * 7))\nsleep 60 &\njobs | sed s/Running/job-runs/\npoweroff -f\n",
+            }),
+            expect: Expect::Text(&["answer-42", "job-runs"]),
+            ..Boot::new("bookworm-cloud", 1, "quiet")
+        },
+    ));
+    cases.push(boot(
+        "reset/reboot-boots-again",
+        Boot {
+            expect: Expect::Boots(2),
+            ..Boot::new("bookworm-cloud", 1, "quiet viridian.test=smoke viridian.args=1,400 viridian.after=reboot")
+        },
+    ));
+    for (name, method) in [("keyboard", "k"), ("acpi", "a"), ("pci", "p")] {
+        let mut case = boot(
+            &format!("reset/{name}"),
+            Boot {
+                expect: Expect::Boots(2),
+                // An empty script checks nothing and fails, which is no matter here: it must only come to its end.
+                ..Boot::new(
+                    "bookworm-cloud",
+                    1,
+                    format!("quiet reboot={method} viridian.run=Cg== viridian.after=reboot"),
+                )
+            },
+        );
+        case.long = true;
+        cases.push(case);
+    }
+    let mut triple_fault = boot(
+        "reset/triple-fault-is-an-error",
+        Boot {
+            expect: Expect::TripleFault,
+            ..Boot::new("bookworm-cloud", 1, format!("quiet reboot=t {CHECK_TRUE} viridian.after=reboot"))
+        },
+    );
+    triple_fault.viridian_only = true;
+    cases.push(triple_fault);
+    let stress = |seconds: u32| Boot {
+        programs: STRESS,
+        seconds: 300 + 6 * seconds,
+        ..Boot::new("bookworm-cloud", 2, format!("viridian.test=stress viridian.args={seconds}"))
+    };
+    cases.push(boot("stress/verify", stress(10)));
+    let mut long = boot("stress/verify-long", stress(long_seconds));
+    long.long = true;
+    cases.push(long);
+    cases
+}

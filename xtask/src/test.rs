@@ -1,0 +1,172 @@
+//! `cargo xtask test`: everything that must hold before a change lands.
+
+use crate::guest_test::{self, Bench, Tally};
+use crate::guests::Guests;
+use crate::vm::Contender;
+use anyhow::{Context, Result};
+use std::io::{BufRead, BufReader, Write as _};
+use std::process::{Command, ExitCode, Stdio};
+use std::time::Instant;
+
+/// What to run.
+pub struct Options {
+    /// Only guest tests (and steps) whose name contains this.
+    pub only: Option<String>,
+    /// Leave guest tests out.
+    pub no_guests: bool,
+    /// Only say what there is.
+    pub list: bool,
+    /// Engine for guest tests, or `qemu`.
+    pub contender: String,
+    /// Include long tests.
+    pub long: bool,
+    /// Duration of the long stress run.
+    pub stress_seconds: u32,
+    /// Run the optimised binary.
+    pub release: bool,
+    /// Factor on time limits.
+    pub patience: u32,
+}
+
+/// A step that runs cargo on the workspace.
+struct Step {
+    name: &'static str,
+    arguments: &'static [&'static str],
+}
+
+const CHECKS: &[Step] = &[
+    Step { name: "format", arguments: &["fmt", "--all", "--check"] },
+    Step { name: "lints", arguments: &["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"] },
+];
+const NEXTEST: Step = Step {
+    name: "unit-tests",
+    arguments: &["nextest", "run", "--workspace", "--no-fail-fast", "--status-level", "fail", "--hide-progress-bar"],
+};
+const PLAIN: Step = Step { name: "unit-tests", arguments: &["test", "--workspace", "--no-fail-fast", "--quiet"] };
+
+/// Runs the steps and prints the closing line.
+///
+/// # Errors
+/// When cargo itself cannot be started.
+pub fn run(options: &Options) -> Result<ExitCode> {
+    let wanted = |name: &str| options.only.as_ref().is_none_or(|o| name.contains(o.as_str()));
+    let units = if has_nextest() { &NEXTEST } else { &PLAIN };
+    let mut cases = guest_test::all(options.stress_seconds);
+    cases.retain(|c| {
+        let named = options.only.as_ref().is_some_and(|o| c.name.contains(o.as_str()));
+        // A long test runs when it is asked for, by --long or by its whole name.
+        wanted(&c.name)
+            && (!c.long || options.long || (named && options.only.as_deref() == Some(&c.name)))
+            && (!c.viridian_only || options.contender != "qemu")
+    });
+    let steps: Vec<&Step> = CHECKS.iter().chain([units]).filter(|s| wanted(s.name)).collect();
+    if options.list {
+        for step in steps {
+            println!("{}", step.name);
+        }
+        for case in &cases {
+            println!("{}{}", case.name, if case.long { " (long)" } else { "" });
+        }
+        return Ok(ExitCode::SUCCESS);
+    }
+
+    let mut tally = Tally::default();
+    for step in steps {
+        tally.add(run_step(step)?);
+    }
+    if !options.no_guests && !cases.is_empty() {
+        println!("guest tests on {} ({} cases)", options.contender, cases.len());
+        match guest_tests(options, &cases) {
+            Ok(more) => tally.add(more),
+            Err(error) => {
+                println!("  FAILED guest tests could not start: {error:#}");
+                tally.count(false);
+            }
+        }
+    }
+    println!("{} passed, {} failed", tally.passed, tally.failed);
+    let nothing = tally == Tally::default();
+    if nothing {
+        eprintln!("error: no test matches; `cargo xtask test --list` shows what there is");
+    }
+    Ok(if tally.failed > 0 || nothing { ExitCode::FAILURE } else { ExitCode::SUCCESS })
+}
+
+fn guest_tests(options: &Options, cases: &[guest_test::Case]) -> Result<Tally> {
+    let guests = Guests::locate();
+    let contender = Contender::by_name(&options.contender, &guests, options.release)?;
+    guest_test::run(cases, &Bench { guests: &guests, contender: &contender, patience: options.patience.max(1) })
+}
+
+fn has_nextest() -> bool {
+    let quiet = |c: &mut Command| c.stdout(Stdio::null()).stderr(Stdio::null()).status();
+    quiet(Command::new(env!("CARGO")).args(["nextest", "--version"])).is_ok_and(|s| s.success())
+}
+
+/// Runs one step, passes its output on, and counts the tests that its own summaries speak of; a step without a
+/// summary is one test.
+fn run_step(step: &Step) -> Result<Tally> {
+    println!("{}: cargo {}", step.name, step.arguments.join(" "));
+    let started = Instant::now();
+    let mut child = Command::new(env!("CARGO"))
+        .args(step.arguments)
+        .current_dir(crate::workspace_root())
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .context("cannot run cargo")?;
+    let stderr = child.stderr.take().expect("piped above");
+    let stdout = child.stdout.take().expect("piped above");
+    let other = std::thread::spawn(move || pass_on(BufReader::new(stderr)));
+    let mut tally = pass_on(BufReader::new(stdout));
+    tally.add(other.join().unwrap_or_default());
+    let status = child.wait()?;
+    if tally == Tally::default() {
+        tally.count(status.success());
+    } else if !status.success() && tally.failed == 0 {
+        tally.count(false); // it broke off
+    }
+    let word = if status.success() { "ok    " } else { "FAILED" };
+    println!("  {word} {:42} {:7.1} s", step.name, started.elapsed().as_secs_f64());
+    Ok(tally)
+}
+
+fn pass_on(reader: impl BufRead) -> Tally {
+    let mut tally = Tally::default();
+    for line in reader.split(b'\n').map_while(Result::ok) {
+        let line = String::from_utf8_lossy(&line);
+        if let Some(counted) = summary(&line) {
+            tally.add(counted);
+        }
+        let _ = writeln!(std::io::stdout().lock(), "  {line}");
+    }
+    tally
+}
+
+/// The numbers in `test result: ok. 3 passed; 1 failed; ...` (libtest) or `Summary [ 0.1s] 4 tests run: 3 passed, 1
+/// failed, 0 skipped` (nextest).
+fn summary(line: &str) -> Option<Tally> {
+    let line = line.trim_start();
+    if !line.starts_with("test result: ") && !line.starts_with("Summary [") {
+        return None;
+    }
+    let words: Vec<&str> = line.split([' ', ';', ',']).filter(|w| !w.is_empty()).collect();
+    let number =
+        |label: &str| words.windows(2).find(|w| w[1] == label).and_then(|w| w[0].parse::<u32>().ok()).unwrap_or(0);
+    Some(Tally { passed: number("passed"), failed: number("failed") + number("timed") })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn summaries() {
+        let of = |passed, failed| Some(Tally { passed, failed });
+        assert_eq!(summary("test result: FAILED. 3 passed; 1 failed; 0 ignored; 0 measured"), of(3, 1));
+        assert_eq!(summary("     Summary [   0.035s] 10 tests run: 9 passed (1 slow), 1 failed, 0 skipped"), of(9, 1));
+        assert_eq!(summary("     Summary [   0.035s] 10 tests run: 10 passed, 0 skipped"), of(10, 0));
+        assert_eq!(summary("running 3 tests"), None);
+    }
+}
