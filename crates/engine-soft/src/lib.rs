@@ -11,6 +11,7 @@ pub mod code;
 pub mod control;
 pub mod exception;
 pub mod features;
+mod glue;
 pub mod interp;
 pub mod mmu;
 pub mod msrs;

@@ -196,15 +196,6 @@ impl SoftVp {
         flags & needed == needed || page.flags().fetch_or(needed, Ordering::SeqCst) & page_flags::CODE == 0
     }
 
-    /// Tells the partition that bytes of a page with tracked code were written.
-    fn code_page_written(&mut self, _gpa: u64, _len: usize) {}
-
-    fn apic_page_read(&mut self, _offset: u32, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-
-    fn apic_page_write(&mut self, _offset: u32, _data: &[u8]) {}
-
     /// A read of something that is not memory; within one page.
     pub(super) fn device_read(&mut self, gpa: u64, data: &mut [u8]) {
         if gpa & !PAGE_MASK == self.mmu.apic_page {
@@ -223,7 +214,10 @@ impl SoftVp {
             return;
         }
         for (at, len) in device_pieces(gpa, data.len()) {
-            self.exits().mmio_write(self.index, Gpa(gpa + at as u64), &data[at..at + len]);
+            let (gpa, piece) = (gpa + at as u64, &data[at..at + len]);
+            if !self.ring_doorbell(gpa, piece) {
+                self.exits().mmio_write(self.index, Gpa(gpa), piece);
+            }
         }
     }
 }
