@@ -289,7 +289,7 @@ macro_rules! arith {
             }
             #[inline(always)]
             unsafe fn lock_cmpxchg(p: *mut u8, old: $t, new: $t) -> ($t, u64) {
-                let ax: u32;
+                let ax: u64;
                 let seen: u64;
                 // SAFETY: the caller's promise about `p`.
                 unsafe {
@@ -305,7 +305,7 @@ macro_rules! arith {
                         options(nostack)
                     );
                 }
-                (seen as $t, status(ax))
+                (seen as $t, status(ax as u32))
             }
             $($mul)*
         }
@@ -316,7 +316,7 @@ macro_rules! wide_mul {
     ($name:ident, $ins:literal, $t:ty, $m:literal) => {
         #[inline(always)]
         fn $name(a: $t, b: $t) -> ($t, $t, u64) {
-            let ax: u32;
+            let ax: u64;
             let (low, high): (u64, u64);
             // SAFETY: arithmetic on registers only.
             unsafe {
@@ -332,7 +332,7 @@ macro_rules! wide_mul {
                     options(pure, nomem, nostack)
                 );
             }
-            (low as $t, high as $t, status(ax))
+            (low as $t, high as $t, status(ax as u32))
         }
     };
 }
@@ -340,7 +340,7 @@ macro_rules! byte_mul {
     ($name:ident, $ins:literal) => {
         #[inline(always)]
         fn $name(a: u8, b: u8) -> (u8, u8, u64) {
-            let ax: u32;
+            let ax: u64;
             let low: u64;
             // SAFETY: arithmetic on registers only.
             unsafe {
@@ -355,7 +355,7 @@ macro_rules! byte_mul {
                     options(pure, nomem, nostack)
                 );
             }
-            (low as u8, (low >> 8) as u8, status(ax))
+            (low as u8, (low >> 8) as u8, status(ax as u32))
         }
     };
 }

@@ -63,8 +63,6 @@ pub mod flag {
     pub const LONG: u8 = 8;
     /// Ends a block.
     pub const END: u8 = 16;
-    /// The executing code page must be looked up anew (a mode, a table, the TLB may have changed).
-    pub const SERIAL: u8 = 32;
 }
 
 /// Offset of `zero`.
