@@ -1,4 +1,4 @@
-//! TEMPORARY
+//! To be written.
 use std::sync::Mutex;
 /// X
 pub struct SoftPartition {

@@ -862,22 +862,6 @@ pub fn lower(i: &Instruction, code: CodeSize, features: &Features) -> Option<Op>
             f.memory()?;
             f.set(misc::bound)?;
         }
-        M::In | M::Out => {
-            let input = i.mnemonic() == M::In;
-            let (accumulator, port) = if input { (0, 1) } else { (1, 0) };
-            f.op.size = f.size(accumulator);
-            let imm = f.is_immediate(port);
-            if imm {
-                f.op.imm = i.immediate8().into();
-            }
-            // A device may do anything, a reset of this VP included.
-            f.op.flags |= flag::END;
-            f.set(if input {
-                by_bool!(imm, IMM => misc::input::<IMM>)
-            } else {
-                by_bool!(imm, IMM => misc::output::<IMM>)
-            })?;
-        }
         M::Ud0 | M::Ud1 | M::Ud2 => {
             f.op.flags |= flag::END;
             f.set(misc::undefined)?;

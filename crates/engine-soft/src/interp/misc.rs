@@ -1,8 +1,8 @@
-//! Decimal adjustment, BOUND, and port input and output.
+//! Decimal adjustment, BOUND, undefined instructions.
 
 use super::op::*;
 use crate::vp::{Exec, Fault, SoftVp};
-use x86::regs::{gpr, rflags};
+use x86::regs::rflags;
 
 fn result_flags(value: u8) -> u64 {
     let mut f = 0;
@@ -98,30 +98,4 @@ pub fn bound(vp: &mut SoftVp, op: &Op) -> Exec {
 /// Always #UD (UD0, UD1, UD2 and everything that the model does not have).
 pub fn undefined(_: &mut SoftVp, _: &Op) -> Exec {
     Err(Fault::UD)
-}
-
-#[inline]
-fn port<const IMM: bool>(vp: &SoftVp, op: &Op) -> u16 {
-    if IMM { op.imm as u8 as u16 } else { vp.s.gprs[gpr::RDX] as u16 }
-}
-
-/// IN: port in `imm` or DX.
-pub fn input<const IMM: bool>(vp: &mut SoftVp, op: &Op) -> Exec {
-    let port = port::<IMM>(vp, op);
-    let size = usize::from(op.size);
-    vp.check_io(port, size)?;
-    let mut data = [0; 4];
-    vp.exits().io_read(vp.index, port, &mut data[..size]);
-    set_sized(vp, 0, op.size, u32::from_le_bytes(data).into());
-    Ok(())
-}
-
-/// OUT: port in `imm` or DX.
-pub fn output<const IMM: bool>(vp: &mut SoftVp, op: &Op) -> Exec {
-    let port = port::<IMM>(vp, op);
-    let size = usize::from(op.size);
-    vp.check_io(port, size)?;
-    let data = get_sized(vp, 0, op.size).to_le_bytes();
-    vp.exits().io_write(vp.index, port, &data[..size]);
-    Ok(())
 }

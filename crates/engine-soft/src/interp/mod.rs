@@ -32,6 +32,7 @@ use partition::Activity;
 use std::cell::Cell;
 use std::sync::atomic::Ordering;
 use x86::paging::{PAGE_MASK, PAGE_SIZE, is_canonical};
+use x86::regs::{dr6, dr7, rflags};
 use x86::segment::sreg;
 
 /// Executes one decoded instruction.
@@ -233,29 +234,71 @@ fn fetch(vp: &mut SoftVp, host: *const u8, gpa: u64, bytes: &mut [u8]) {
 pub fn step(vp: &mut SoftVp) {
     vp.s.attention.fetch_and(!attention::CODE, Ordering::AcqRel);
     vp.decoded.current.page = 1;
-    if let Err(fault) = step_inner(vp) {
-        exception::deliver(vp, fault);
+    if !debug_trap(vp) {
+        step_checked(vp);
     }
     vp.update_boundary();
 }
 
-fn step_inner(vp: &mut SoftVp) -> Exec {
-    vp.before_instruction()?;
+/// Delivers the debug trap of the previous instruction, if there is one and no MOV SS holds it back.
+fn debug_trap(vp: &mut SoftVp) -> bool {
+    let due = vp.s.pending_debug != 0 && !vp.s.mov_ss_shadow;
+    if due {
+        exception::deliver(vp, DEBUG);
+    }
+    due
+}
+
+const DEBUG: Fault = Fault::Exception { vector: x86::exception::DB, error: 0 };
+
+fn step_checked(vp: &mut SoftVp) {
     let before = vp.s.rflags;
-    let shadow = vp.s.interrupt_shadow;
-    let next = lookup(vp)?;
-    let op = match next {
-        Next::Block(number) => vp.decoded.block(number).ops,
-        Next::Single(op) => op,
+    if before & rflags::RF == 0 && !vp.s.mov_ss_shadow && vp.s.dr7 & dr7::ENABLES != 0 {
+        let hits = instruction_breakpoints(vp);
+        if hits != 0 {
+            vp.s.pending_debug |= hits;
+            exception::deliver(vp, DEBUG);
+            return;
+        }
+    }
+    let op = match lookup(vp) {
+        Ok(Next::Block(number)) => vp.decoded.block(number).ops,
+        Ok(Next::Single(op)) => op,
+        Err(fault) => return exception::deliver(vp, fault),
     };
     // SAFETY: the instruction lives in the cache, which is only cleared by `lookup`.
     let op = unsafe { &*op };
-    vp.s.next_rip = next_rip(vp, op.len);
-    (op.run)(vp, op)?;
+    let shadows = (vp.s.interrupt_shadow, vp.s.mov_ss_shadow);
+    vp.s.rflags &= !rflags::RF;
+    (vp.s.interrupt_shadow, vp.s.mov_ss_shadow) = (false, false);
+    let sequential = next_rip(vp, op.len);
+    vp.s.next_rip = sequential;
     vp.s.instructions += 1;
-    vp.after_instruction(before, shadow);
+    match (op.run)(vp, op) {
+        Ok(()) => {}
+        Err(Fault::Restart) => {
+            vp.s.rflags |= before & rflags::RF;
+            (vp.s.interrupt_shadow, vp.s.mov_ss_shadow) = shadows;
+            return;
+        }
+        Err(fault) => return exception::deliver(vp, fault),
+    }
+    // What decides is TF before the instruction, so that the POPF that clears it still traps; but a transfer that clears it
+    // on the way to a handler (INT n, SYSCALL) does not.
+    if before & rflags::TF != 0 && (vp.s.rflags & rflags::TF != 0 || vp.s.next_rip == sequential) {
+        vp.s.pending_debug |= dr6::BS;
+    }
     vp.s.rip = vp.s.next_rip;
-    Ok(())
+    debug_trap(vp);
+}
+
+/// DR6 bits of the instruction breakpoints at RIP (SDM volume 3, section 17.2.4).
+fn instruction_breakpoints(vp: &SoftVp) -> u64 {
+    let la = code_linear(vp);
+    let s = &vp.s;
+    (0..4)
+        .filter(|&n| s.dr7 >> (2 * n) & 3 != 0 && s.dr7 >> (16 + 4 * n) & 15 == 0 && s.dr[n] == la)
+        .fold(0, |bits, n| bits | 1 << n)
 }
 
 #[inline(always)]
@@ -347,6 +390,8 @@ fn run_block(vp: &mut SoftVp, number: u32) -> bool {
         if vp.s.attention.load(Ordering::Relaxed) != 0 {
             vp.s.instructions += n as u64 + 1;
             vp.s.rip = vp.s.next_rip;
+            // A data breakpoint traps before an interrupt can be taken.
+            debug_trap(vp);
             return false;
         }
     }

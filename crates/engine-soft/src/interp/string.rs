@@ -45,6 +45,10 @@ fn repeat(vp: &mut SoftVp, op: &Op, chunk: Chunk) -> Exec {
         }
         if vp.s.attention.load(Ordering::Relaxed) != 0 {
             vp.s.next_rip = vp.s.rip;
+            // An instruction breakpoint has been reported before the first element (SDM volume 3, section 17.3.1.1).
+            if waiting & attention::BOUNDARY != 0 {
+                vp.s.rflags |= rflags::RF;
+            }
             return Ok(());
         }
     }
