@@ -80,7 +80,9 @@ enum Owner {
 /// A scatter list with whatever keeps its memory alive. A request owns it until it completes and then gives it back.
 pub struct IoBuffer {
     segments: Segments,
+    /// What a request may use, at most `total`.
     len: usize,
+    total: usize,
     owner: Owner,
 }
 
@@ -91,7 +93,7 @@ impl IoBuffer {
     /// A buffer over a vector's bytes.
     pub fn from_vec(mut v: Vec<u8>) -> Self {
         let seg = (v.as_mut_ptr(), v.len());
-        Self { segments: Segments::One(seg), len: v.len(), owner: Owner::Vec(v) }
+        Self { segments: Segments::One(seg), len: v.len(), total: v.len(), owner: Owner::Vec(v) }
     }
 
     /// `len` zero bytes, aligned for direct I/O.
@@ -102,7 +104,7 @@ impl IoBuffer {
     /// A buffer over aligned memory.
     pub fn from_aligned(b: AlignedBuf) -> Self {
         let seg = (b.as_ptr(), b.len());
-        Self { segments: Segments::One(seg), len: b.len(), owner: Owner::Aligned(b) }
+        Self { segments: Segments::One(seg), len: b.len(), total: b.len(), owner: Owner::Aligned(b) }
     }
 
     /// A scatter list over memory that `owner` keeps alive: guest memory.
@@ -114,7 +116,7 @@ impl IoBuffer {
         let list: Vec<_> = segments.into_iter().filter(|s| s.1 != 0).collect();
         let len = list.iter().map(|s| s.1).sum();
         let segments = if list.len() == 1 { Segments::One(list[0]) } else { Segments::Many(list) };
-        Self { segments, len, owner: Owner::Other(owner) }
+        Self { segments, len, total: len, owner: Owner::Other(owner) }
     }
 
     /// A scatter list over pinned guest memory. Ranges that a request reads into must have been pinned for writing; the
@@ -135,6 +137,16 @@ impl IoBuffer {
     /// Length of all segments in bytes.
     pub fn len(&self) -> usize {
         self.len
+    }
+
+    /// Length of the memory behind, whatever [`set_len`](Self::set_len) said.
+    pub fn capacity(&self) -> usize {
+        self.total
+    }
+
+    /// Makes the buffer as long as a request needs it: its first `len` bytes count, at most all that there are.
+    pub fn set_len(&mut self, len: usize) {
+        self.len = len.min(self.total);
     }
 
     /// Whether there are no bytes.

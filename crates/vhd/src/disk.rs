@@ -228,31 +228,65 @@ impl Disk {
     }
 
     fn shut(&mut self) -> Result<()> {
-        if self.closed {
+        let threads = std::mem::take(&mut self.threads);
+        if std::mem::replace(&mut self.closed, true) {
             return Ok(());
         }
-        self.closed = true;
-        let flushed = if self.info.read_only { Ok(()) } else { self.flush() };
-        if self.info.io == Io::Inline {
-            while !self.shared.lock().is_idle() {
-                self.drive(true);
-            }
+        let (shared, inline) = (self.shared.clone(), self.info.io == Io::Inline);
+        let read_only = self.info.read_only;
+        let me = std::thread::current().id();
+        if threads.iter().any(|t| t.thread().id() == me) {
+            // The last owner was a completion on our own I/O thread, which must live on for the disk to be closed.
+            let path = self.info.path.clone();
+            let close = move || {
+                if let Err(e) = shut(&shared, threads, inline, read_only) {
+                    tracing::error!(error = %e, image = %path.display(), "closing a disk failed");
+                }
+            };
+            return std::thread::Builder::new()
+                .name("vhd-close".into())
+                .spawn(close)
+                .map(|_| ())
+                .map_err(Error::io(&self.info.path, "start a thread to close"));
         }
-        let mut core = self.shared.wait_idle();
-        let Core { writer, layers, failed, .. } = &mut *core;
-        let closed = writer.close(&*layers[0].storage, *failed || flushed.is_err());
-        drop(core);
-        match self.shared.driver() {
-            Driver::Uring(u) if self.info.io != Io::Inline => u.stop(&self.shared),
-            Driver::Uring(_) => {}
-            Driver::Threads(t) => t.stop(),
-        }
-        for t in self.threads.drain(..) {
-            let _ = t.join();
-        }
-        flushed?;
-        closed
+        shut(&shared, threads, inline, read_only)
     }
+}
+
+fn shut(shared: &Arc<Shared>, threads: Vec<JoinHandle<()>>, inline: bool, read_only: bool) -> Result<()> {
+    let (tx, rx) = mpsc::sync_channel(1);
+    let tell: Callback = Box::new(move |c| {
+        let _ = tx.send(c.result);
+    });
+    let mut core = shared.lock();
+    core.submit(RequestKind::Flush, 0, 0, None, tell);
+    shared.pump(core);
+    let inline_ring = match shared.driver() {
+        Driver::Uring(u) if inline => Some(u),
+        _ => None,
+    };
+    if let Some(u) = inline_ring {
+        while !shared.lock().is_idle() {
+            u.reap(shared, true);
+        }
+    }
+    let flushed = rx.recv().unwrap_or(Err(RequestError::Closed));
+    let mut core = shared.wait_idle();
+    let Core { writer, layers, failed, .. } = &mut *core;
+    let closed = writer.close(&*layers[0].storage, *failed || flushed.is_err());
+    drop(core);
+    match shared.driver() {
+        Driver::Uring(_) if inline => {}
+        Driver::Uring(u) => u.stop(shared),
+        Driver::Threads(t) => t.stop(),
+    }
+    for t in threads {
+        let _ = t.join();
+    }
+    if !read_only {
+        flushed?;
+    }
+    closed
 }
 
 impl Drop for Disk {
