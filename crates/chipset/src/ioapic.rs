@@ -228,7 +228,7 @@ impl IoApic {
 
 impl MmioIo for IoApic {
     fn mmio_ranges(&self) -> Vec<Range<u64>> {
-        Vec::from([self.base..self.base + SIZE])
+        std::iter::once(self.base..self.base + SIZE).collect()
     }
 
     fn mmio_read(&self, gpa: u64, data: &mut [u8]) {

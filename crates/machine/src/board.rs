@@ -1,0 +1,85 @@
+//! The board of a direct-booted machine: which devices it has and how they are wired.
+//!
+//! ISA interrupt n is wired to input n of the PIC pair and to input n of the I/O APIC, except the PIT, which is on I/O
+//! APIC input 2.
+
+use crate::layout::{self, io};
+use crate::machine::Serial;
+use chipset::debug_port::{DebugPort, DebugSink};
+use chipset::i8042::I8042;
+use chipset::ioapic::{self, IoApic, MessageSink};
+use chipset::pic::Pic;
+use chipset::pit::Pit;
+use chipset::pm::PowerManagement;
+use chipset::reset::{A20Gate, ResetControl};
+use chipset::rtc::{CmosMemory, Rtc};
+use chipset::serial::{NullBackend, SerialBackend};
+use chipset::uart::Uart;
+use chipset::{Device, Line, PowerSink, TimerService};
+use partition::{Msi, Partition};
+use std::sync::Arc;
+
+/// Sends the I/O APIC's messages to the engine.
+struct Messages(Arc<dyn Partition>);
+
+impl MessageSink for Messages {
+    fn signal_msi(&self, msi: Msi) {
+        self.0.signal_msi(msi);
+    }
+    fn set_routes(&self, routes: &[Option<Msi>]) {
+        self.0.set_ioapic_routes(routes);
+    }
+}
+
+/// The devices.
+pub struct Board {
+    /// All of them, interrupt controllers first: the order in which they start.
+    pub devices: Vec<Arc<dyn Device>>,
+    /// Interrupt controllers, which VPs reach in other ways than by address too.
+    pub pic: Arc<Pic>,
+    /// See `pic`.
+    pub ioapic: Arc<IoApic>,
+    /// For the power button.
+    pub pm: Arc<PowerManagement>,
+}
+
+impl Board {
+    /// Makes the board.
+    pub fn new(
+        partition: &Arc<dyn Partition>,
+        timers: &Arc<TimerService>,
+        power: &Arc<dyn PowerSink>,
+        ram_bytes: u64,
+        serial: Serial,
+        debug: Option<Arc<dyn DebugSink>>,
+    ) -> Self {
+        let engine = partition.clone();
+        let intr = Line::new(vec![Arc::new(move |high: bool| engine.set_extint(high))]);
+        let pic = Pic::new(intr);
+        let ioapic = IoApic::new(ioapic::DEFAULT_BASE, Arc::new(Messages(partition.clone())));
+        let isa = |irq: u8| {
+            let pin = if irq == 0 { io::PIT_PIN } else { irq };
+            Line::new(vec![pic.input(irq), ioapic.input(pin)])
+        };
+        let low = ram_bytes.min(layout::HOLE.start);
+        let memory = CmosMemory { low, high: ram_bytes - low };
+        let a20 = A20Gate::new();
+        let pm = PowerManagement::new(io::PM, true, timers, isa(io::SCI), power.clone());
+        let plug = |backend: Option<Arc<dyn SerialBackend>>| backend.unwrap_or_else(|| Arc::new(NullBackend));
+        let mut devices: Vec<Arc<dyn Device>> = vec![
+            pic.clone(),
+            ioapic.clone(),
+            Pit::new(timers, isa(0)),
+            Rtc::new(memory, timers, isa(8)),
+            Uart::new("com1", io::COM1.0, timers, isa(io::COM1.1), plug(serial.com1)),
+            Uart::new("com2", io::COM2.0, timers, isa(io::COM2.1), plug(serial.com2)),
+            I8042::new(isa(1), isa(12), a20.clone(), power.clone()),
+            ResetControl::new(a20, power.clone()),
+            pm.clone(),
+        ];
+        if let Some(sink) = debug {
+            devices.push(DebugPort::new(io::DEBUG, sink));
+        }
+        Self { devices, pic, ioapic, pm }
+    }
+}

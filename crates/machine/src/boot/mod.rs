@@ -1,0 +1,169 @@
+//! Loaders: from files to guest memory and the state of VP 0.
+
+pub mod elf;
+pub mod entry;
+pub mod linux;
+pub mod pvh;
+
+use crate::config::{BootSource, EntryMode, MachineConfig};
+use crate::layout::{self, RangeKind};
+use partition::{Gpa, GuestMemory, MemoryError, VpState};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use thiserror::Error;
+use x86::paging::PAGE_SIZE;
+
+/// Why something cannot be booted.
+#[derive(Debug, Error)]
+pub enum BootError {
+    /// A file cannot be read.
+    #[error("cannot read {}: {source}", .path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the host said.
+        source: std::io::Error,
+    },
+    /// The kernel file is not something that can be booted.
+    #[error("{} is not a kernel that can be booted: {reason}", .path.display())]
+    Image {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The guest's memory is too small for it.
+    #[error("{what} needs {needed} MiB, the guest's memory has {available} MiB for it: give the guest more memory")]
+    TooBig {
+        /// What does not fit.
+        what: &'static str,
+        /// MiB.
+        needed: u64,
+        /// MiB.
+        available: u64,
+    },
+    /// The command line is too long.
+    #[error("the kernel command line has {len} bytes, this kernel takes at most {most}")]
+    CommandLine {
+        /// Bytes.
+        len: usize,
+        /// Bytes.
+        most: u64,
+    },
+    /// An image address outside RAM.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+}
+
+fn read_file(path: &Path) -> Result<Vec<u8>, BootError> {
+    std::fs::read(path).map_err(|source| BootError::File { path: path.into(), source })
+}
+
+/// What a kernel loader gets.
+pub(crate) struct Load<'a> {
+    pub memory: &'a GuestMemory,
+    /// Bytes of RAM.
+    pub ram: u64,
+    /// Where the RSDP is.
+    pub rsdp: u64,
+    pub path: &'a Path,
+    pub image: &'a [u8],
+    pub initrd: &'a [u8],
+    pub command_line: &'a str,
+    pub state: VpState,
+}
+
+impl Load<'_> {
+    pub fn bad(&self, reason: impl Into<String>) -> BootError {
+        BootError::Image { path: self.path.into(), reason: reason.into() }
+    }
+
+    /// End of RAM below the 32-bit hole.
+    pub fn low_end(&self) -> u64 {
+        self.ram.min(layout::HOLE.start)
+    }
+
+    /// Puts the command line in its place; `most` is the kernel's own limit without the final zero.
+    pub fn place_command_line(&self, most: u64) -> Result<(), BootError> {
+        let bytes = self.command_line.as_bytes();
+        let most = most.min(layout::boot::COMMAND_LINE_MAX - 1);
+        if bytes.len() as u64 > most {
+            return Err(BootError::CommandLine { len: bytes.len(), most });
+        }
+        self.memory.write(Gpa(layout::boot::COMMAND_LINE), bytes)?;
+        self.memory.write(Gpa(layout::boot::COMMAND_LINE + bytes.len() as u64), &[0])?;
+        Ok(())
+    }
+
+    /// Puts the initial RAM disk as high as it may go, not below `kernel.end`; `highest` is the last address that the
+    /// kernel can reach. Returns where it is.
+    pub fn place_initrd(&self, kernel: &Range<u64>, highest: u64) -> Result<Range<u64>, BootError> {
+        if self.initrd.is_empty() {
+            return Ok(0..0);
+        }
+        let len = self.initrd.len() as u64;
+        let end = self.low_end().min(highest.saturating_add(1));
+        let start = end.checked_sub(len).map(|s| s & !(PAGE_SIZE - 1)).filter(|s| *s >= kernel.end);
+        let Some(start) = start else {
+            let available = end.saturating_sub(kernel.end) >> 20;
+            return Err(BootError::TooBig { what: "the initial RAM disk", needed: len.div_ceil(1 << 20), available });
+        };
+        self.memory.write(Gpa(start), self.initrd)?;
+        Ok(start..start + len)
+    }
+
+    /// Is the range RAM that a kernel may be loaded into (above 1 MiB, below the hole)?
+    pub fn check_range(&self, range: &Range<u64>) -> Result<(), BootError> {
+        if range.start < layout::HIGH_MEMORY {
+            return Err(self.bad(format!("it wants to be loaded at {:#x}, below 1 MiB", range.start)));
+        }
+        if range.end > self.low_end() || range.end < range.start {
+            return Err(BootError::TooBig {
+                what: "the kernel",
+                needed: range.end.div_ceil(1 << 20),
+                available: self.low_end() >> 20,
+            });
+        }
+        Ok(())
+    }
+}
+
+/// Loads what the configuration says and returns the state in which VP 0 starts. `state` is the reset state.
+pub fn load(config: &MachineConfig, memory: &GuestMemory, rsdp: u64, state: VpState) -> Result<VpState, BootError> {
+    match &config.boot {
+        BootSource::Kernel { kernel, initrd, command_line } => {
+            let image = read_file(kernel)?;
+            let initrd = initrd.as_deref().map(read_file).transpose()?.unwrap_or_default();
+            let load = Load {
+                memory,
+                ram: config.memory_bytes,
+                rsdp,
+                path: kernel,
+                image: &image,
+                initrd: &initrd,
+                command_line,
+                state,
+            };
+            if image.starts_with(b"\x7fELF") {
+                pvh::load(load)
+            } else {
+                linux::load(load)
+            }
+        }
+        BootSource::Flat { image, address, mode } => {
+            memory.write(Gpa(*address), image)?;
+            match mode {
+                EntryMode::Real => Ok(entry::real(state, *address)),
+                EntryMode::Protected => entry::protected(memory, state, *address),
+                EntryMode::Long => entry::long(memory, state, *address),
+            }
+            .map_err(BootError::Memory)
+        }
+    }
+}
+
+/// The memory map as e820 entries: address, length, type.
+pub(crate) fn e820(ram: u64) -> Vec<(u64, u64, u32)> {
+    let kind = |kind: RangeKind| kind as u32;
+    layout::memory_map(ram).into_iter().map(|(r, k)| (r.start, r.end - r.start, kind(k))).collect()
+}

@@ -1,0 +1,60 @@
+//! What a machine is made from.
+
+use partition::EngineOptions;
+use serde::{Deserialize, Serialize};
+use std::path::PathBuf;
+
+/// Least and most RAM.
+pub const MEMORY_BYTES: std::ops::RangeInclusive<u64> = (2 << 20)..=(1 << 40) - (1 << 30);
+
+/// Configuration of a machine, as it is saved with its state.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MachineConfig {
+    /// RAM, a multiple of 1 MiB.
+    pub memory_bytes: u64,
+    /// Number of VPs.
+    pub processors: u32,
+    /// Name of the processor model.
+    pub cpu_model: String,
+    /// Hyper-V's interface for guests (CPUID leaves, MSRs, hypercalls).
+    pub hyperv: bool,
+    /// What is loaded at every start and reset.
+    pub boot: BootSource,
+    /// Options of the engine; not part of a saved machine.
+    #[serde(skip)]
+    pub engine: EngineOptions,
+}
+
+/// What the guest boots. Files are read again at every reset, as a boot loader would.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum BootSource {
+    /// A Linux bzImage, an ELF image with a PVH entry, or any other 64-bit ELF image (which is entered in 64-bit mode).
+    Kernel {
+        /// The image.
+        kernel: PathBuf,
+        /// Initial RAM disk.
+        initrd: Option<PathBuf>,
+        /// Kernel command line.
+        command_line: String,
+    },
+    /// A raw image at a given address.
+    Flat {
+        /// The bytes.
+        image: Vec<u8>,
+        /// Where they go.
+        address: u64,
+        /// How they are entered, at their first byte.
+        mode: EntryMode,
+    },
+}
+
+/// Processor mode in which an image is entered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum EntryMode {
+    /// Real mode, CS base = address (which must be below 1 MiB and a multiple of 16), IP 0.
+    Real,
+    /// 32-bit protected mode, flat segments, no paging.
+    Protected,
+    /// 64-bit mode, the first 4 GiB mapped to themselves.
+    Long,
+}

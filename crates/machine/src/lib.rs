@@ -1,0 +1,31 @@
+//! # machine: a machine from a configuration
+//!
+//! Puts memory, an engine's partition, devices and firmware tables together, loads what the guest boots, runs the VPs on
+//! their threads, and saves and restores the whole.
+//!
+//! * [`config`]: what a machine is made from; [`layout`]: where things are in its address space;
+//! * [`board`]: which devices it has; [`acpi`]: the tables that describe them;
+//! * [`boot`]: loaders (Linux bzImage, PVH, ELF, flat images) and the state in which a VP enters them;
+//! * [`bus`], [`exits`]: the way of an access from a VP to its device;
+//! * [`vcpu`]: VP threads; [`machine`]: run, pause, reset; [`save`]: the state file.
+//!
+//! It may use: `chipset`, `tlfs`, `partition`, `x86`. It must never know: which engine runs, terminals, signals, command
+//! lines.
+#![forbid(unsafe_code)]
+
+pub mod acpi;
+pub mod board;
+pub mod boot;
+pub mod bus;
+pub mod config;
+pub mod dump;
+pub mod exits;
+pub mod layout;
+pub mod machine;
+pub mod processor;
+pub mod save;
+pub mod vcpu;
+
+pub use config::{BootSource, MachineConfig};
+pub use exits::GuestInterface;
+pub use machine::{Event, Machine, MachineError, Serial};
