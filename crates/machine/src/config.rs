@@ -1,6 +1,5 @@
 //! What a machine is made from.
 
-use partition::EngineOptions;
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -20,9 +19,6 @@ pub struct MachineConfig {
     pub hyperv: bool,
     /// What is loaded at every start and reset.
     pub boot: BootSource,
-    /// Options of the engine; not part of a saved machine.
-    #[serde(skip)]
-    pub engine: EngineOptions,
 }
 
 /// What the guest boots. Files are read again at every reset, as a boot loader would.

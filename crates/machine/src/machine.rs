@@ -16,7 +16,7 @@ use chipset::serial::SerialBackend;
 use chipset::{DeviceError, PowerSink, Request, TimerService};
 use partition::engine::MAX_VPS;
 use partition::{
-    Clock, Engine, EngineError, EngineStats, Gpa, GuestMemory, MemoryError, Partition, PartitionConfig, VpIndex, VpState,
+    Clock, Engine, EngineError, EngineOptions, EngineStats, Gpa, GuestMemory, MemoryError, Partition, PartitionConfig, VpIndex, VpState,
 };
 use std::io::{Read, Write};
 use std::sync::{Arc, Mutex};
@@ -86,6 +86,8 @@ pub enum MachineError {
 pub struct Parts<'a> {
     /// Executes its VPs.
     pub engine: &'a dyn Engine,
+    /// Its options.
+    pub options: EngineOptions,
     /// CPUID tables, one a VP ([`crate::processor::tables`]), without the leaves of the guest interface.
     pub cpuid: Vec<CpuidTable>,
     /// Serial ports.
@@ -188,7 +190,7 @@ impl Machine {
             cpuid: cpuid.clone(),
             msr_exits: parts.guest_interface.as_ref().map(|g| g.msr_ranges()).unwrap_or_default(),
             hypercall_port: parts.guest_interface.as_ref().and_then(|g| g.hypercall_port()),
-            options: config.engine,
+            options: parts.options,
         })?;
         if let Some(interface) = &parts.guest_interface {
             interface.attach(&partition);

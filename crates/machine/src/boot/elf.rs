@@ -136,7 +136,7 @@ pub(super) mod tests {
         // Some other note, then Xen's.
         put(0x100, &[4, 0, 0, 0, 5, 0, 0, 0, 1, 0, 0, 0, b'G', b'N', b'U', 0, 1, 2, 3, 4, 5, 0, 0, 0]);
         put(0x118, &[4, 0, 0, 0, 8, 0, 0, 0, 18, 0, 0, 0, b'X', b'e', b'n', 0]);
-        put(0x128, &(address + 0x10).to_le_bytes());
+        put(0x128, &address.wrapping_add(0x10).to_le_bytes());
         data.extend(code);
         data
     }

@@ -192,16 +192,16 @@ mod tests {
     #[test]
     fn refuses_what_does_not_fit() {
         let whole = image(0x1000);
-        assert!(try_load(4 << 20, &whole, &[], "").unwrap_err().contains("more memory"));
-        assert!(try_load(16 << 20, &whole, &vec![0; 8 << 20], "").unwrap_err().contains("initial RAM disk"));
-        assert!(try_load(64 << 20, &whole, &[], &"x".repeat(2048)).unwrap_err().contains("2047"));
-        assert!(try_load(64 << 20, b"#!/bin/sh", &[], "").unwrap_err().contains("neither"));
+        assert!(try_load(4 << 20, &whole, &[], "").err().unwrap().contains("more memory"));
+        assert!(try_load(16 << 20, &whole, &vec![0; 8 << 20], "").err().unwrap().contains("initial RAM disk"));
+        assert!(try_load(64 << 20, &whole, &[], &"x".repeat(2048)).err().unwrap().contains("2047"));
+        assert!(try_load(64 << 20, b"#!/bin/sh", &[], "").err().unwrap().contains("neither"));
         for len in 0..whole.len() {
             // No cut-off file may panic; those without the entry are refused.
             assert!(try_load(64 << 20, &whole[..len], &[], "").is_err() || len > 5 * 512 + 0x200);
         }
         let mut old = whole.clone();
         old[header::VERSION] = 0x0b;
-        assert!(try_load(64 << 20, &old, &[], "").unwrap_err().contains("2.11"));
+        assert!(try_load(64 << 20, &old, &[], "").err().unwrap().contains("2.11"));
     }
 }
