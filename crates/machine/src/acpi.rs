@@ -3,9 +3,7 @@
 //! Source: ACPI 6.5, chapter 5 (tables) and chapter 19 (AML, by way of the crate `acpi_tables`).
 
 use crate::layout::{self, io};
-use acpi_tables::aml::{
-    Device, EISAName, IO, Interrupt, Name, Package, ResourceTemplate, Scope, ZERO,
-};
+use acpi_tables::aml::{Device, EISAName, IO, Interrupt, Name, Package, ResourceTemplate, Scope, ZERO};
 use acpi_tables::facs::FACS;
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -182,15 +180,9 @@ fn dsdt(processors: u32) -> Vec<u8> {
         // What else of the board must not be given to other devices.
         ("MBRD", "PNP0C02", &[(0x92, 1), (io::PM, pm::SIZE as u8)], None),
     ] {
-        scope(&Device::new(
-            name.into(),
-            vec![&Name::new("_HID".into(), &EISAName::new(hid)), &resources(ports, irq)],
-        ));
+        scope(&Device::new(name.into(), vec![&Name::new("_HID".into(), &EISAName::new(hid)), &resources(ports, irq)]));
     }
-    body.extend(bytes_of(&Name::new(
-        "_S5_".into(),
-        &Package::new(vec![&SLP_TYP_S5, &SLP_TYP_S5, &ZERO, &ZERO]),
-    )));
+    body.extend(bytes_of(&Name::new("_S5_".into(), &Package::new(vec![&SLP_TYP_S5, &SLP_TYP_S5, &ZERO, &ZERO]))));
     let mut table = Sdt::new(*b"DSDT", 36, 2, OEM, OEM_TABLE, REVISION);
     table.append_slice(&body);
     bytes_of(&table)

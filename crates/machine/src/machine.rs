@@ -16,7 +16,8 @@ use chipset::serial::SerialBackend;
 use chipset::{DeviceError, PowerSink, Request, TimerService};
 use partition::engine::MAX_VPS;
 use partition::{
-    Clock, Engine, EngineError, EngineOptions, EngineStats, Gpa, GuestMemory, MemoryError, Partition, PartitionConfig, VpIndex, VpState,
+    Clock, Engine, EngineError, EngineOptions, EngineStats, Gpa, GuestMemory, MemoryError, Partition, PartitionConfig,
+    VpIndex, VpState,
 };
 use std::io::{Read, Write};
 use std::sync::{Arc, Mutex};
@@ -129,7 +130,10 @@ fn check(config: &MachineConfig) -> Result<(), MachineError> {
         )));
     }
     if !(1..=MAX_VPS).contains(&config.processors) {
-        return Err(MachineError::Config(format!("{} processors: from 1 to {MAX_VPS} are possible", config.processors)));
+        return Err(MachineError::Config(format!(
+            "{} processors: from 1 to {MAX_VPS} are possible",
+            config.processors
+        )));
     }
     Ok(())
 }
@@ -345,7 +349,11 @@ impl Machine {
             )));
         }
         if header.vps.len() != self.config.processors as usize {
-            return Err(damaged(format!("{} processor states for {} processors", header.vps.len(), self.config.processors)));
+            return Err(damaged(format!(
+                "{} processor states for {} processors",
+                header.vps.len(),
+                self.config.processors
+            )));
         }
         if model(&header.cpuid) != model(&self.cpuid) {
             return Err(MachineError::Config(format!(

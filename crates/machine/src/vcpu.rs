@@ -74,8 +74,13 @@ impl Vcpus {
         exits: Arc<Exits>,
         report: Box<dyn Fn(VpStop) + Send + Sync>,
     ) -> Result<Self, EngineError> {
-        let shared =
-            Arc::new(Shared { stopper: stopper.clone(), running: Mutex::new(0), changed: Condvar::new(), exits, report });
+        let shared = Arc::new(Shared {
+            stopper: stopper.clone(),
+            running: Mutex::new(0),
+            changed: Condvar::new(),
+            exits,
+            report,
+        });
         let mut threads = Vec::new();
         for index in 0..stopper.count {
             let vp = stopper.partition.take_vp(index)?;

@@ -70,14 +70,15 @@ pub fn parse(data: &[u8]) -> Result<Image, &'static str> {
         let header = table.saturating_add(u64::from(i) * u64::from(size));
         let get = |at: u64| u64_at(data, header.saturating_add(at)).ok_or("the ELF program headers are cut off");
         let kind = get(0)? as u32;
-        let segment =
-            Segment { offset: get(8)?, address: get(24)?, file_size: get(32)?, memory_size: get(40)? };
+        let segment = Segment { offset: get(8)?, address: get(24)?, file_size: get(32)?, memory_size: get(40)? };
         let end = segment.offset.checked_add(segment.file_size);
         if (kind == PT_LOAD || kind == PT_NOTE) && end.is_none_or(|end| end > data.len() as u64) {
             return Err("an ELF segment lies outside the file");
         }
         match kind {
-            PT_LOAD if segment.file_size > segment.memory_size => return Err("an ELF segment is larger than its memory"),
+            PT_LOAD if segment.file_size > segment.memory_size => {
+                return Err("an ELF segment is larger than its memory");
+            }
             PT_LOAD if segment.memory_size > 0 => image.segments.push(segment),
             PT_NOTE => {
                 // Inside the file: checked above.
@@ -145,10 +146,7 @@ pub(super) mod tests {
     fn reads_segments_and_notes() {
         let parsed = parse(&image(0x10_0000, &[1; 100], true)).unwrap();
         assert_eq!((parsed.entry, parsed.pvh_entry), (0x10_0000, Some(0x10_0010)));
-        assert_eq!(
-            parsed.segments,
-            [Segment { offset: 0x200, address: 0x10_0000, file_size: 100, memory_size: 116 }]
-        );
+        assert_eq!(parsed.segments, [Segment { offset: 0x200, address: 0x10_0000, file_size: 100, memory_size: 116 }]);
         assert_eq!(parse(&image(0x10_0000, &[1; 100], false)).unwrap().pvh_entry, None);
     }
 

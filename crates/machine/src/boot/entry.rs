@@ -43,8 +43,7 @@ fn write_page_tables(memory: &GuestMemory) -> Result<u64, MemoryError> {
         let entry = (directories + i * PAGE_SIZE) | PRESENT_WRITABLE;
         memory.write(Gpa(directory_pointers + 8 * i), &entry.to_le_bytes())?;
     }
-    let entries: Vec<u8> =
-        (0..4 * 512u64).flat_map(|i| ((i << 21) | LARGE | PRESENT_WRITABLE).to_le_bytes()).collect();
+    let entries: Vec<u8> = (0..4 * 512u64).flat_map(|i| ((i << 21) | LARGE | PRESENT_WRITABLE).to_le_bytes()).collect();
     memory.write(Gpa(directories), &entries)?;
     Ok(boot::PAGE_TABLES)
 }
@@ -52,8 +51,7 @@ fn write_page_tables(memory: &GuestMemory) -> Result<u64, MemoryError> {
 /// Real mode at `address`.
 pub fn real(mut state: VpState, address: u64) -> VpState {
     state.segments = [Segment::real(0); 6];
-    state.segments[sreg::CS] =
-        Segment { attr: attr::P | attr::S | 0xb, ..Segment::real((address >> 4) as u16) };
+    state.segments[sreg::CS] = Segment { attr: attr::P | attr::S | 0xb, ..Segment::real((address >> 4) as u16) };
     state.rip = address & 15;
     state.gprs[gpr::RSP] = boot::STACK;
     state.idtr = TableRegister { base: 0, limit: 0x3ff };
@@ -75,8 +73,7 @@ fn flat(memory: &GuestMemory, state: &mut VpState, entry: u64) -> Result<(), Mem
 /// 32-bit protected mode, paging off, interrupts off (the state that PVH asks for).
 pub fn protected(memory: &GuestMemory, mut state: VpState, entry: u64) -> Result<VpState, MemoryError> {
     flat(memory, &mut state, entry)?;
-    state.segments[sreg::CS] =
-        Segment { attr: attr::P | attr::S | attr::DB | attr::G | 0xb, selector: CODE32, ..FLAT };
+    state.segments[sreg::CS] = Segment { attr: attr::P | attr::S | attr::DB | attr::G | 0xb, selector: CODE32, ..FLAT };
     state.cr0 = cr0::PE | cr0::ET;
     Ok(state)
 }

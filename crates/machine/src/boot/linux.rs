@@ -68,7 +68,10 @@ fn u32_at(image: &[u8], at: usize) -> u32 {
 
 pub(super) fn load(load: Load<'_>) -> Result<VpState, BootError> {
     let image = load.image;
-    if image.len() < header::END || u16_at(image, header::BOOT_FLAG) != 0xaa55 || &image[header::MAGIC..][..4] != b"HdrS" {
+    if image.len() < header::END
+        || u16_at(image, header::BOOT_FLAG) != 0xaa55
+        || &image[header::MAGIC..][..4] != b"HdrS"
+    {
         return Err(load.bad("neither a Linux bzImage nor an ELF image"));
     }
     let version = u16_at(image, header::VERSION);
@@ -154,7 +157,12 @@ mod tests {
         image
     }
 
-    fn try_load(ram: u64, image: &[u8], initrd: &[u8], command_line: &str) -> Result<(std::sync::Arc<GuestMemory>, VpState), String> {
+    fn try_load(
+        ram: u64,
+        image: &[u8],
+        initrd: &[u8],
+        command_line: &str,
+    ) -> Result<(std::sync::Arc<GuestMemory>, VpState), String> {
         let memory = GuestMemory::with_ram(ram, crate::layout::HOLE, false).unwrap();
         let l = Load {
             memory: &memory,

@@ -144,11 +144,7 @@ pub fn load(config: &MachineConfig, memory: &GuestMemory, rsdp: u64, state: VpSt
                 command_line,
                 state,
             };
-            if image.starts_with(b"\x7fELF") {
-                pvh::load(load)
-            } else {
-                linux::load(load)
-            }
+            if image.starts_with(b"\x7fELF") { pvh::load(load) } else { linux::load(load) }
         }
         BootSource::Flat { image, address, mode } => {
             memory.write(Gpa(*address), image)?;

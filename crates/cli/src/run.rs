@@ -1,0 +1,119 @@
+//! `viridian run`: one machine, in this process, on this terminal.
+
+use crate::size;
+use clap::{Args as ClapArgs, ValueEnum};
+use machine::{BootSource, MachineConfig};
+use partition::{EngineOptions, TranslateMode};
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+use worker::{EngineChoice, Outcome, RunOptions, SerialTarget, Start};
+use x86::cpuid::CpuModel;
+
+/// Arguments.
+#[derive(ClapArgs)]
+#[command(after_help = "\
+The guest's serial port is on this terminal; Ctrl-] leaves and ends the machine.\n\
+The program ends with status 0 when the guest powers off; a guest's reset boots it again.\n\
+Signals: SIGUSR1 saves (--save), SIGUSR2 presses the power button, SIGINT and SIGTERM end the machine.")]
+pub struct Args {
+    /// Linux kernel (bzImage, or vmlinux with a PVH entry), or another 64-bit ELF image
+    #[arg(long, value_name = "FILE", required_unless_present = "restore")]
+    kernel: Option<PathBuf>,
+    /// Initial RAM disk
+    #[arg(long, value_name = "FILE", requires = "kernel")]
+    initrd: Option<PathBuf>,
+    /// Kernel command line
+    #[arg(long, value_name = "TEXT", default_value = "console=ttyS0")]
+    append: String,
+    /// RAM: a number with M or G (without a letter: MiB)
+    #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = size::memory)]
+    memory: u64,
+    /// Number of virtual processors
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=64))]
+    processors: u32,
+    /// What executes the guest; auto is KVM where the processor has VT-x or AMD-V
+    #[arg(long, value_enum, default_value_t = EngineArg::Auto)]
+    engine: EngineArg,
+    /// Processor model [default: x86-64-v3, or x86-64-v2 on an older host]
+    #[arg(long, value_name = "NAME", value_parser = clap::builder::PossibleValuesParser::new(CpuModel::NAMES))]
+    cpu_model: Option<String>,
+    /// Where the serial port leads: stdio, file:PATH or unix:PATH
+    #[arg(long, value_name = "TARGET", default_value = "stdio")]
+    serial: SerialTarget,
+    /// Translation of guest code (engine soft): on, off (interpret everything), verify (do both and compare)
+    #[arg(long, value_enum, default_value_t = TranslateArg::On)]
+    translate: TranslateArg,
+    /// Print counters to standard error at the end
+    #[arg(long)]
+    stats: bool,
+    /// Go on with a machine from this file, which --save has written
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "initrd"])]
+    restore: Option<PathBuf>,
+    /// On SIGUSR1, save the machine to this file and end
+    #[arg(long, value_name = "FILE")]
+    save: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum EngineArg {
+    Auto,
+    Soft,
+    Kvm,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum TranslateArg {
+    On,
+    Off,
+    Verify,
+}
+
+/// Carries the command out. `started` is when the program started.
+pub fn run(args: Args, started: Instant) -> ExitCode {
+    let start = match (args.kernel, args.restore) {
+        (Some(kernel), _) => Start::Boot(MachineConfig {
+            memory_bytes: args.memory,
+            processors: args.processors,
+            cpu_model: args.cpu_model.unwrap_or_else(default_model),
+            hyperv: false,
+            boot: BootSource::Kernel { kernel, initrd: args.initrd, command_line: args.append },
+        }),
+        (None, Some(file)) => Start::Restore(file),
+        // clap has refused this.
+        (None, None) => return fail("--kernel or --restore is needed", 2),
+    };
+    let translate = match args.translate {
+        TranslateArg::On => TranslateMode::On,
+        TranslateArg::Off => TranslateMode::Off,
+        TranslateArg::Verify => TranslateMode::Verify,
+    };
+    let options = RunOptions {
+        start,
+        engine: match args.engine {
+            EngineArg::Auto => EngineChoice::Auto,
+            EngineArg::Soft => EngineChoice::Soft,
+            EngineArg::Kvm => EngineChoice::Kvm,
+        },
+        engine_options: EngineOptions { translate, ..EngineOptions::default() },
+        serial: args.serial,
+        save: args.save,
+        stats: args.stats,
+        started,
+    };
+    match worker::run(&options) {
+        Ok(Outcome::PoweredOff | Outcome::Left | Outcome::Saved) => ExitCode::SUCCESS,
+        Ok(Outcome::Signal(signal)) => ExitCode::from(128u8.saturating_add(signal.unsigned_abs().min(127) as u8)),
+        Err(error) => fail(&error.to_string(), if error.is_setup() { 2 } else { 1 }),
+    }
+}
+
+fn default_model() -> String {
+    let newest = "x86-64-v3";
+    if CpuModel::by_name(newest).is_ok() { newest } else { "x86-64-v2" }.into()
+}
+
+fn fail(message: &str, status: u8) -> ExitCode {
+    eprintln!("error: {message}");
+    ExitCode::from(status)
+}
