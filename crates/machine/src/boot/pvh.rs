@@ -17,7 +17,7 @@ const MEMORY_MAP: u64 = 0x80;
 const COMMAND_LINE_MAX: u64 = 2047;
 
 fn load_segments(load: &Load<'_>, image: &elf::Image) -> Result<Range<u64>, BootError> {
-    let mut range = u64::MAX..0;
+    let (mut first, mut last) = (u64::MAX, 0);
     for segment in &image.segments {
         let end = segment.address.checked_add(segment.memory_size);
         let end = end.ok_or_else(|| load.bad("an ELF segment wraps around the address space"))?;
@@ -26,9 +26,9 @@ fn load_segments(load: &Load<'_>, image: &elf::Image) -> Result<Range<u64>, Boot
         let bytes = &load.image[segment.offset as usize..][..segment.file_size as usize];
         load.memory.write(Gpa(segment.address), bytes)?;
         load.memory.fill(Gpa(segment.address + segment.file_size), 0, segment.memory_size - segment.file_size)?;
-        range = range.start.min(segment.address)..range.end.max(end);
+        (first, last) = (first.min(segment.address), last.max(end));
     }
-    Ok(range)
+    Ok(first..last)
 }
 
 pub(super) fn load(load: Load<'_>) -> Result<VpState, BootError> {
