@@ -207,6 +207,8 @@ pub struct SoftVp {
     pub pending_exception: Option<partition::PendingException>,
     /// An interrupt acknowledged but not delivered.
     pub pending_interrupt: Option<u8>,
+    /// What the run loop remembers.
+    pub run: crate::run::RunState,
 }
 
 // SAFETY: `exits` is only set while `run` is on the stack of the one thread that owns the VP, and `VpExits` is

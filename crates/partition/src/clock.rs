@@ -39,6 +39,12 @@ impl Clock {
         self.frequency_hz
     }
 
+    /// Does it run?
+    #[inline]
+    pub fn is_running(&self) -> bool {
+        self.running.load(Ordering::Acquire)
+    }
+
     /// Starts or resumes.
     pub fn start(&self) {
         let at = self.stopped_at.lock().unwrap_or_else(|e| e.into_inner());
