@@ -97,6 +97,27 @@ struct BenchArgs {
 #[derive(Subcommand)]
 enum BenchWhat {
     Boot(BenchBootArgs),
+    Cpu(BenchCpuArgs),
+}
+
+/// Small loops and real programs: native, under QEMU and under Viridian, the same files everywhere.
+#[derive(clap::Args)]
+struct BenchCpuArgs {
+    /// Rounds; the median counts
+    #[arg(long, default_value_t = 5)]
+    runs: u32,
+    /// Kernel of the catalogue
+    #[arg(long, default_value = "bookworm-cloud")]
+    kernel: String,
+    /// Contenders in order: qemu or an engine (the bare machine always takes part)
+    #[arg(long, value_delimiter = ',', default_value = "qemu,soft")]
+    contenders: Vec<String>,
+    /// Parts: micro, programs or both
+    #[arg(long, value_delimiter = ',', default_value = "micro,programs", value_parser = ["micro", "programs"])]
+    parts: Vec<String>,
+    /// Guest memory in MiB
+    #[arg(long, default_value_t = 1024)]
+    memory: u32,
 }
 
 /// Processor time from the start to the guest's init, same kernel and image for all.
@@ -187,6 +208,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
             patience: args.patience,
         }),
         Xtask::Bench(BenchArgs { what: BenchWhat::Boot(args) }) => bench_boot(args),
+        Xtask::Bench(BenchArgs { what: BenchWhat::Cpu(args) }) => bench_cpu(args),
         Xtask::Guests(args) => run_guests(&args),
         Xtask::Initramfs(args) => run_initramfs(args),
     }
@@ -232,8 +254,7 @@ fn run_initramfs(args: InitramfsArgs) -> Result<ExitCode> {
 
 fn bench_boot(args: BenchBootArgs) -> Result<ExitCode> {
     let guests = guests::Guests::locate();
-    let contenders =
-        args.contenders.iter().map(|name| vm::Contender::by_name(name, &guests, true)).collect::<Result<_>>()?;
+    let contenders = contenders(&args.contenders, &guests)?;
     bench::boot::run(&bench::boot::Options {
         runs: args.runs.max(1),
         kernel: args.kernel,
@@ -241,4 +262,20 @@ fn bench_boot(args: BenchBootArgs) -> Result<ExitCode> {
         processors: args.processors,
         memory_mib: args.memory,
     })
+}
+
+fn bench_cpu(args: BenchCpuArgs) -> Result<ExitCode> {
+    let guests = guests::Guests::locate();
+    let contenders = contenders(&args.contenders, &guests)?;
+    bench::cpu::run(&bench::cpu::Options {
+        runs: args.runs.max(1),
+        kernel: args.kernel,
+        contenders,
+        parts: args.parts,
+        memory_mib: args.memory,
+    })
+}
+
+fn contenders(names: &[String], guests: &guests::Guests) -> Result<Vec<vm::Contender>> {
+    names.iter().map(|name| vm::Contender::by_name(name, guests, true)).collect()
 }

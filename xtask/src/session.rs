@@ -110,6 +110,11 @@ impl Session {
         Ok(())
     }
 
+    /// The process's number.
+    pub fn process(&self) -> u32 {
+        self.child.id()
+    }
+
     /// All output so far.
     pub fn text(&self) -> &str {
         &self.text
@@ -163,6 +168,16 @@ impl Drop for Session {
     fn drop(&mut self) {
         self.kill();
     }
+}
+
+/// Processor time of a process's living threads, in nanoseconds' resolution; nothing when it is gone.
+pub fn thread_time(process: u32) -> Duration {
+    let Ok(threads) = fs::read_dir(format!("/proc/{process}/task")) else { return Duration::ZERO };
+    let nanoseconds = threads
+        .filter_map(|t| fs::read_to_string(t.ok()?.path().join("schedstat")).ok())
+        .filter_map(|text| text.split_whitespace().next()?.parse::<u64>().ok())
+        .sum();
+    Duration::from_nanos(nanoseconds)
 }
 
 /// Fields 14 and 15 of `/proc/PID/stat` (proc(5)): user and system time in ticks of 10 ms.

@@ -4,6 +4,8 @@
 //! figure is the median of all rounds. The spread (least and greatest) is shown beside it.
 
 pub mod boot;
+pub mod cpu;
+mod inputs;
 pub mod table;
 
 /// The figures of one measurement, one for each round.
@@ -40,7 +42,6 @@ impl Samples {
 }
 
 /// The geometric mean; `None` of nothing or when a figure is not positive.
-#[allow(dead_code)] // bench cpu
 pub fn geometric_mean(values: &[f64]) -> Option<f64> {
     if values.is_empty() || values.iter().any(|v| *v <= 0.0 || !v.is_finite()) {
         return None;

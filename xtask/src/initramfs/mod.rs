@@ -19,7 +19,8 @@ use std::path::PathBuf;
 use std::process::Command;
 
 const INIT: &str = include_str!("init.sh");
-const RUN: &str = include_str!("run.sh");
+/// Runs a test script and prints its verdict; also used on the host, by `bench cpu`.
+pub const RUN: &str = include_str!("run.sh");
 
 /// What goes into an image beside busybox and `/init`.
 #[derive(Clone, Debug, Default)]
@@ -28,8 +29,10 @@ pub struct Contents {
     pub modules: Vec<String>,
     /// Programs with their libraries: tool of the catalogue, path in its tree.
     pub programs: Vec<(String, String)>,
-    /// Whole trees of tools, without documentation.
-    pub trees: Vec<String>,
+    /// Folders with all that is in them: tool of the catalogue, path in its tree.
+    pub folders: Vec<(String, String)>,
+    /// Folder of the image below which programs and folders go; the root when empty.
+    pub under: String,
     /// Files of our own: path, permission bits, contents.
     pub files: Vec<(String, u32, Vec<u8>)>,
     /// Leave the archive uncompressed: large images unpack faster in the guest.
@@ -55,21 +58,16 @@ pub fn build(guests: &Guests, kernel: &Kernel, contents: &Contents) -> Result<Pa
         }
     }
     archive.file("lib/viridian/modules.list", 0o644, list);
-    for tree in &contents.trees {
-        programs::add_tree(&mut archive, &guests.tool(tree), &is_documentation)?;
+    for (tool, path) in &contents.folders {
+        programs::add_folder(&mut archive, &contents.under, &guests.tool(tool), path)?;
     }
     for (tool, path) in &contents.programs {
-        programs::add_program(&mut archive, &guests.tool(tool), path)?;
+        programs::add_program(&mut archive, &contents.under, &guests.tool(tool), path)?;
     }
     for (path, mode, data) in &contents.files {
         archive.file(path, *mode, data.clone());
     }
     store(guests, &archive, contents.uncompressed)
-}
-
-fn is_documentation(path: &str) -> bool {
-    ["usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info", "usr/share/lintian", "usr/share/bug"]
-        .contains(&path)
 }
 
 fn add_base(archive: &mut Archive, guests: &Guests) -> Result<()> {

@@ -19,27 +19,28 @@ struct Needs {
     interpreter: Option<String>,
 }
 
-/// Adds one program of `tree` (path relative to it, as `usr/bin/stress-ng`), its loader and libraries.
+/// Adds one program of `tree` (path relative to it, as `usr/bin/stress-ng`), its loader and libraries, below the folder
+/// `under` of the archive.
 ///
 /// # Errors
 /// When the program or one of its libraries is not in the tree.
-pub fn add_program(archive: &mut Archive, tree: &Path, path: &str) -> Result<()> {
-    let data = copy(archive, tree, path)?;
+pub fn add_program(archive: &mut Archive, under: &str, tree: &Path, path: &str) -> Result<()> {
+    let data = copy(archive, under, tree, path)?;
     let mut queue = vec![(path.to_owned(), data)];
     while let Some((user, data)) = queue.pop() {
         let needs = needs(&data).with_context(|| format!("{} is not an ELF program", tree.join(&user).display()))?;
         if let Some(interpreter) = needs.interpreter {
             let interpreter = interpreter.trim_start_matches('/').to_owned();
-            if !archive.contains(&interpreter) {
-                copy(archive, tree, &interpreter)?;
+            if !archive.contains(&join(under, &interpreter)) {
+                copy(archive, under, tree, &interpreter)?;
             }
         }
         for library in needs.libraries {
             let Some(found) = LIBRARY_DIRS.iter().map(|d| format!("{d}/{library}")).find(|p| exists(tree, p)) else {
                 bail!("{user} needs {library}, which is not in {}", tree.display());
             };
-            if !archive.contains(&found) {
-                let data = copy(archive, tree, &found)?;
+            if !archive.contains(&join(under, &found)) {
+                let data = copy(archive, under, tree, &found)?;
                 queue.push((found, data));
             }
         }
@@ -47,29 +48,31 @@ pub fn add_program(archive: &mut Archive, tree: &Path, path: &str) -> Result<()>
     Ok(())
 }
 
-/// Adds everything below `tree`, links as links, except what `skip` says.
+fn join(under: &str, path: &str) -> String {
+    if under.is_empty() { path.to_owned() } else { format!("{under}/{path}") }
+}
+
+/// Adds everything below the folder `top` of `tree`, links as links, at the same path below `under`.
 ///
 /// # Errors
 /// When something cannot be read.
-pub fn add_tree(archive: &mut Archive, tree: &Path, skip: &dyn Fn(&str) -> bool) -> Result<()> {
-    let mut folders = vec![String::new()];
+pub fn add_folder(archive: &mut Archive, under: &str, tree: &Path, top: &str) -> Result<()> {
+    let mut folders = vec![top.to_owned()];
     while let Some(folder) = folders.pop() {
         let dir = tree.join(&folder);
         for entry in fs::read_dir(&dir).with_context(|| format!("cannot read {}", dir.display()))? {
             let entry = entry?;
             let Ok(name) = entry.file_name().into_string() else { continue };
-            let path = if folder.is_empty() { name } else { format!("{folder}/{name}") };
-            if skip(&path) {
-                continue;
-            }
+            let path = join(&folder, &name);
             let kind = entry.file_type()?;
             if kind.is_dir() {
                 folders.push(path);
             } else if kind.is_symlink() {
-                archive.link(&path, &fs::read_link(entry.path())?.to_string_lossy());
+                archive.link(&join(under, &path), &fs::read_link(entry.path())?.to_string_lossy());
             } else if kind.is_file() {
                 let data = fs::read(entry.path())?;
-                archive.add(&path, Node::File { data, mode: entry.metadata()?.permissions().mode() & 0o7777 });
+                let mode = entry.metadata()?.permissions().mode() & 0o7777;
+                archive.add(&join(under, &path), Node::File { data, mode });
             }
         }
     }
@@ -81,10 +84,10 @@ fn exists(tree: &Path, path: &str) -> bool {
 }
 
 /// Copies a file under its own name; a link is followed (within the tree) and its contents stored under both names.
-fn copy(archive: &mut Archive, tree: &Path, path: &str) -> Result<Vec<u8>> {
+fn copy(archive: &mut Archive, under: &str, tree: &Path, path: &str) -> Result<Vec<u8>> {
     let source = follow(tree, path)?;
     let data = fs::read(&source).with_context(|| format!("cannot read {}", source.display()))?;
-    archive.file(path, 0o755, data.clone());
+    archive.file(&join(under, path), 0o755, data.clone());
     Ok(data)
 }
 
