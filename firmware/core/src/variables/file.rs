@@ -41,7 +41,16 @@ impl core::fmt::Display for FileError {
 
 /// Writes all non-volatile variables.
 pub fn encode(store: &VariableStore) -> Vec<u8> {
-    let records: Vec<_> = store.iter().filter(|(_, _, v)| v.attributes & NON_VOLATILE != 0).collect();
+    encode_where(store, |v| v.attributes & NON_VOLATILE != 0)
+}
+
+/// Writes all variables, for the saved state of a running machine.
+pub fn encode_all(store: &VariableStore) -> Vec<u8> {
+    encode_where(store, |_| true)
+}
+
+fn encode_where(store: &VariableStore, keep: impl Fn(&Variable) -> bool) -> Vec<u8> {
+    let records: Vec<_> = store.iter().filter(|(_, _, v)| keep(v)).collect();
     let mut out = Vec::new();
     out.extend(MAGIC);
     out.extend(VERSION.to_le_bytes());

@@ -351,6 +351,11 @@ impl VariableStore {
         self.runtime = true;
     }
 
+    /// Has ExitBootServices been called?
+    pub fn is_runtime(&self) -> bool {
+        self.runtime
+    }
+
     /// All variables, for [`file`] and for tools.
     pub fn iter(&self) -> impl Iterator<Item = (&Guid, &[u16], &Variable)> {
         self.variables.iter().map(|((vendor, name), v)| (vendor, &name[..], v))
