@@ -136,7 +136,11 @@ mod tests {
 
     #[test]
     fn records_are_aligned_and_counted() {
-        let blob = BlobBuilder::new().text(kind::SMBIOS_SYSTEM_SERIAL, "abc").processors(4).memory_map(&[(0, 1 << 30, 0)]).build();
+        let blob = BlobBuilder::new()
+            .text(kind::SMBIOS_SYSTEM_SERIAL, "abc")
+            .processors(4)
+            .memory_map(&[(0, 1 << 30, 0)])
+            .build();
         let (mut at, mut seen) = (0, Vec::new());
         while at < blob.len() {
             seen.push(u32_at(&blob, at).unwrap());

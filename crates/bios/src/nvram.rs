@@ -191,9 +191,8 @@ impl Nvram {
             return Ok(e.status());
         }
         // Only what is in the file counts; a volatile variable needs no file.
-        let persistent = |s: &VariableStore| {
-            s.get(&name, r.vendor).is_ok_and(|v| v.attributes & attribute::NON_VOLATILE != 0)
-        };
+        let persistent =
+            |s: &VariableStore| s.get(&name, r.vendor).is_ok_and(|v| v.attributes & attribute::NON_VOLATILE != 0);
         if (persistent(&before) || persistent(&self.store))
             && let Err(e) = self.persist()
         {
