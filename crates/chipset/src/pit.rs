@@ -170,6 +170,7 @@ impl Channel {
             mode => mode - 4,
         };
         *self = Self { mode, transfer, bcd: value & 1 != 0, ..Self::new(self.gate) };
+        self.count = self.modulus() as u32;
     }
 
     fn write(&mut self, value: u8, now: u64) {

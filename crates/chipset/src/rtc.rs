@@ -206,7 +206,8 @@ impl State {
     fn shown(&self) -> i64 {
         let value = |index| self.decode(self.byte(index));
         unix_seconds(&Calendar {
-            year: i64::from(value(at::CENTURY)) * 100 + i64::from(value(at::YEAR) % 100),
+            // What nanoseconds in 64 bits can count, with room for decades of running.
+            year: (i64::from(value(at::CENTURY)) * 100 + i64::from(value(at::YEAR) % 100)).clamp(1800, 2200),
             month: value(at::MONTH),
             day: value(at::DAY),
             weekday: 1,
@@ -266,7 +267,7 @@ impl State {
         if !self.counting() {
             return None;
         }
-        let second = (self.control_b & (b::UPDATE | b::ALARM) != 0).then(|| (now.div_euclid(SECOND) + 1) * SECOND);
+        let second = (self.control_b & (b::UPDATE | b::ALARM) != 0).then(|| (now.div_euclid(SECOND) + 1).saturating_mul(SECOND));
         let period = match self.period() {
             Some(period) if self.control_b & b::PERIODIC != 0 && self.flags & c::PERIODIC == 0 => {
                 let next = i128::from(periods(now, period) + 1) * i128::from(period) * i128::from(SECOND);
@@ -498,9 +499,8 @@ impl Device for Rtc {
             Request::Save(place) => *place = Some(SavedState::new(VERSION, &*lock(&self.state))?),
             Request::Restore(saved) => {
                 let new: State = saved.get(VERSION)?;
-                // Offsets of more than 20000 years are nobody's clock, and would make the calendar slow.
-                let bound = 20_000 * 366 * 86_400i64;
-                let sane = [new.offset, new.base, new.seen].iter().all(|t| (t / SECOND).abs() < bound);
+                // Beyond the years that the guest can set (`State::shown`).
+                let sane = [new.offset, new.base, new.seen].iter().all(|t| t.unsigned_abs() < 8_000_000_000_000_000_000);
                 if new.ram.len() != 256 || new.index > 0x7f || new.extended_index > 0x7f || !sane {
                     return Err(DeviceError::BadState("RTC register out of range".into()));
                 }
