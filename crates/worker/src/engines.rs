@@ -1,5 +1,6 @@
 //! Which engine runs the machine.
 
+use engine_soft::partition_impl::SoftEngine;
 use partition::{Engine, EngineError};
 use x86::cpuid::host_cpuid;
 
@@ -34,7 +35,7 @@ pub fn choose(choice: EngineChoice) -> Result<Box<dyn Engine>, EngineError> {
 }
 
 fn soft() -> Result<Box<dyn Engine>, EngineError> {
-    Err(EngineError::Unavailable { engine: "soft", reason: "this build does not contain it".into() })
+    Ok(Box::new(SoftEngine))
 }
 
 fn kvm() -> Result<Box<dyn Engine>, EngineError> {
