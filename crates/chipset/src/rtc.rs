@@ -267,7 +267,8 @@ impl State {
         if !self.counting() {
             return None;
         }
-        let second = (self.control_b & (b::UPDATE | b::ALARM) != 0).then(|| (now.div_euclid(SECOND) + 1).saturating_mul(SECOND));
+        let second =
+            (self.control_b & (b::UPDATE | b::ALARM) != 0).then(|| (now.div_euclid(SECOND) + 1).saturating_mul(SECOND));
         let period = match self.period() {
             Some(period) if self.control_b & b::PERIODIC != 0 && self.flags & c::PERIODIC == 0 => {
                 let next = i128::from(periods(now, period) + 1) * i128::from(period) * i128::from(SECOND);
@@ -500,7 +501,8 @@ impl Device for Rtc {
             Request::Restore(saved) => {
                 let new: State = saved.get(VERSION)?;
                 // Beyond the years that the guest can set (`State::shown`).
-                let sane = [new.offset, new.base, new.seen].iter().all(|t| t.unsigned_abs() < 8_000_000_000_000_000_000);
+                let sane =
+                    [new.offset, new.base, new.seen].iter().all(|t| t.unsigned_abs() < 8_000_000_000_000_000_000);
                 if new.ram.len() != 256 || new.index > 0x7f || new.extended_index > 0x7f || !sane {
                     return Err(DeviceError::BadState("RTC register out of range".into()));
                 }
