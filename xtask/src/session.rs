@@ -1,8 +1,14 @@
 //! A running machine under observation: its serial output as it comes, a time limit, and what it cost the host.
 
 use anyhow::{Context, Result};
+use rustix::fs::{Mode, OFlags};
+use rustix::process::Pid;
+pub use rustix::process::Signal;
+use rustix::pty::{OpenptFlags, grantpt, openpt, ptsname, unlockpt};
+use rustix::termios::{LocalModes, tcgetattr};
 use std::fs::{self, File};
 use std::io::{Read, Write};
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
@@ -76,6 +82,40 @@ impl Session {
         Ok(Self { child, chunks, log, started, text: String::new(), unfinished: Vec::new() })
     }
 
+    /// Starts a command on a terminal of its own, as a person would have it.
+    ///
+    /// # Errors
+    /// When it cannot be started or the host gives no terminal.
+    pub fn on_terminal(mut command: Command, log: &Path) -> Result<(Self, Terminal)> {
+        fs::create_dir_all(log.parent().context("a log has a folder")?)?;
+        let log = Some(File::create(log)?);
+        let (terminal, mut master) = Terminal::open().context("cannot open a pseudo-terminal")?;
+        let end = || terminal.user_end.try_clone().map(Stdio::from);
+        command.stdin(end()?).stdout(end()?).stderr(end()?);
+        let started = Instant::now();
+        let child =
+            command.spawn().with_context(|| format!("cannot start {}", command.get_program().to_string_lossy()))?;
+        let (sender, chunks) = channel();
+        thread::spawn(move || {
+            let mut buffer = [0; 4096];
+            while let Ok(count @ 1..) = master.read(&mut buffer) {
+                if sender.send(buffer[..count].to_vec()).is_err() {
+                    break;
+                }
+            }
+        });
+        Ok((Self { child, chunks, log, started, text: String::new(), unfinished: Vec::new() }, terminal))
+    }
+
+    /// Sends the process a signal.
+    ///
+    /// # Errors
+    /// When the process is gone.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        // The child has not been waited for, so the number is still its own.
+        rustix::process::kill_process(Pid::from_child(&self.child), signal).context("cannot signal the process")
+    }
+
     /// Reads output until `seen` says of the text so far that it is enough.
     ///
     /// # Errors
@@ -144,16 +184,22 @@ impl Session {
     /// When the process cannot be waited for.
     pub fn finish(&mut self, limit: Duration) -> Result<Option<ExitStatus>> {
         let deadline = Instant::now() + limit;
-        self.wait_for(limit, |_| false)?;
         loop {
+            // A terminal's output does not end with the process: both are asked.
+            let event = self.wait_for(Duration::from_millis(20), |_| false)?;
             if let Some(status) = self.child.try_wait()? {
+                while let Ok(chunk) = self.chunks.recv_timeout(Duration::from_millis(50)) {
+                    self.take(&chunk)?;
+                }
                 return Ok(Some(status));
             }
             if Instant::now() >= deadline {
                 self.kill();
                 return Ok(None);
             }
-            thread::sleep(Duration::from_millis(5));
+            if event == Event::Ended {
+                thread::sleep(Duration::from_millis(5));
+            }
         }
     }
 
@@ -161,6 +207,49 @@ impl Session {
     pub fn kill(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// The terminal of a [`Session::on_terminal`].
+pub struct Terminal {
+    user_end: OwnedFd,
+    keyboard: File,
+}
+
+impl Terminal {
+    fn open() -> Result<(Self, File)> {
+        let master = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY)?;
+        grantpt(&master)?;
+        unlockpt(&master)?;
+        let name = ptsname(&master, Vec::new())?;
+        let flags = OFlags::RDWR | OFlags::NOCTTY | OFlags::CLOEXEC;
+        let user_end = rustix::fs::open(name.as_c_str(), flags, Mode::empty())?;
+        let keyboard = File::from(master.try_clone()?);
+        Ok((Self { user_end, keyboard }, File::from(master)))
+    }
+
+    /// Types bytes.
+    ///
+    /// # Errors
+    /// When nobody has the terminal any more.
+    pub fn type_bytes(&mut self, bytes: &[u8]) -> Result<()> {
+        self.keyboard.write_all(bytes).context("cannot type")
+    }
+
+    /// The terminal's settings in words, for comparing.
+    ///
+    /// # Errors
+    /// When the terminal is gone.
+    pub fn settings(&self) -> Result<String> {
+        Ok(format!("{:?}", tcgetattr(&self.user_end)?))
+    }
+
+    /// Whether keys go to the program one by one, without echo.
+    ///
+    /// # Errors
+    /// When the terminal is gone.
+    pub fn is_raw(&self) -> Result<bool> {
+        Ok(!tcgetattr(&self.user_end)?.local_modes.intersects(LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG))
     }
 }
 

@@ -30,8 +30,11 @@ struct Figures {
     wall: Samples,
     overhead: Samples,
     speed: Samples,
+    start: Samples,
 }
 
+/// Viridian's `--stats`: from the program's start.
+const START_LABEL: &str = "start to first guest instruction: ";
 const LIMIT: Duration = Duration::from_secs(600);
 
 /// Measures and prints the table.
@@ -86,28 +89,40 @@ fn measure(contender: &Contender, vm: &Vm, figures: &mut Figures) -> Result<Stri
     if let Some(speed) = instructions_per_second(session.text()) {
         figures.speed.add(speed);
     }
+    if let Some(milliseconds) = number_after(session.text(), START_LABEL) {
+        figures.start.add(milliseconds);
+    }
     let _ = std::fs::remove_file(log);
     Ok(format!("{:6.2} s processor time, {:6.2} s", usage.cpu.as_secs_f64(), usage.wall.as_secs_f64()))
 }
 
-/// Viridian's `--stats`: a line with `N guest instructions per second`, in any unit prefix of SI.
+/// From Viridian's `--stats`: guest instructions by the time in which VPs executed them.
 fn instructions_per_second(text: &str) -> Option<f64> {
-    let line = text.lines().find(|l| l.contains("instructions per second"))?;
-    let words: Vec<&str> = line.split_whitespace().collect();
-    let at = words.iter().position(|w| w.parse::<f64>().is_ok())?;
-    let number: f64 = words[at].parse().ok()?;
-    let factor = match words.get(at + 1).copied() {
-        Some("k") | Some("thousand") => 1e3,
-        Some("M") | Some("million") => 1e6,
-        Some("G") | Some("billion") => 1e9,
-        _ => 1.0,
-    };
-    Some(number * factor)
+    let count: f64 = number_after(text, "guest instructions: ")?;
+    let executed: f64 =
+        text.lines().filter(|l| l.starts_with("vp ")).filter_map(|l| number_after(l, ": executed for ")).sum();
+    (executed > 0.0).then(|| count / executed)
+}
+
+/// The number that follows `label`.
+fn number_after(text: &str, label: &str) -> Option<f64> {
+    let (_, rest) = text.split_once(label)?;
+    let end = rest.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(rest.len());
+    rest[..end].parse().ok()
 }
 
 fn summary(options: &Options, figures: &[Figures]) -> String {
-    let mut table =
-        Table::new(["", "cpu s", "least", "greatest", "wall s", "beyond RAM MiB", "M guest instr/s", "cpu ratio"]);
+    let mut table = Table::new([
+        "",
+        "cpu s",
+        "least",
+        "greatest",
+        "wall s",
+        "beyond RAM MiB",
+        "start ms",
+        "M guest instr/s",
+        "cpu ratio",
+    ]);
     let yardstick = figures.first().and_then(|f| f.cpu.median());
     for (contender, f) in options.contenders.iter().zip(figures) {
         let ratio = f.cpu.median().zip(yardstick).map(|(own, other)| own / other);
@@ -118,6 +133,7 @@ fn summary(options: &Options, figures: &[Figures]) -> String {
             figure(f.cpu.greatest()),
             figure(f.wall.median()),
             figure(f.overhead.greatest()),
+            figure(f.start.median()),
             figure(f.speed.median().map(|s| s / 1e6)),
             figure(ratio),
         ]);
@@ -130,9 +146,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn speed_line() {
-        assert_eq!(instructions_per_second("x\nstats: 62.5 M guest instructions per second\n"), Some(62.5e6));
-        assert_eq!(instructions_per_second("1000 instructions per second"), Some(1000.0));
+    fn stats_lines() {
+        let text = "start to first guest instruction: 12.5 ms\nguest instructions: 3000000 (1.0 million a second)\n\
+                    vp 0: executed for 1.500 s\nvp 1: executed for 0.500 s\n";
+        assert_eq!(instructions_per_second(text), Some(1.5e6));
+        assert_eq!(number_after(text, START_LABEL), Some(12.5));
         assert_eq!(instructions_per_second("nothing"), None);
     }
 }

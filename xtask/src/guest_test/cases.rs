@@ -62,6 +62,10 @@ pub enum Expect {
     Boots(usize),
     /// The program ends with an error that shows the processor's state.
     TripleFault,
+    /// On a terminal: raw while the guest has it, the documented key leaves, and the settings come back.
+    Terminal,
+    /// Saved when this text appears, restored by another process, where it goes on to a verdict of PASS.
+    SaveAndRestore(&'static str),
 }
 
 impl Case {
@@ -168,6 +172,25 @@ pub fn all(long_seconds: u32) -> Vec<Case> {
     );
     triple_fault.viridian_only = true;
     cases.push(triple_fault);
+    let mut terminal =
+        boot("terminal/raw-and-restored", Boot { expect: Expect::Terminal, ..Boot::new("bookworm-cloud", 1, "quiet") });
+    terminal.viridian_only = true;
+    cases.push(terminal);
+    for processors in [1, 2] {
+        let mut save = boot(
+            &format!("save/running-guest/{processors}vp"),
+            Boot {
+                expect: Expect::SaveAndRestore("VIRIDIAN-NOTE: half"),
+                ..Boot::new(
+                    "bookworm-cloud",
+                    processors,
+                    format!("quiet viridian.test=checksums viridian.args={processors}"),
+                )
+            },
+        );
+        save.viridian_only = true;
+        cases.push(save);
+    }
     let stress = |seconds: u32| Boot {
         programs: STRESS,
         seconds: 300 + 6 * seconds,

@@ -2,6 +2,7 @@
 //! and by how the program ends.
 
 mod cases;
+mod special;
 mod usage;
 
 pub use cases::{Case, all};
@@ -121,9 +122,15 @@ fn run_case(case: &Case, bench: &Bench) -> Result<()> {
                 processors: boot.processors,
             };
             let log = log_folder().join(format!("{}.log", case.name.replace('/', "-")));
-            let mut session = Session::start(bench.contender.command(&vm), Some(&log), boot.input.is_some())?;
-            let result = judge(boot, &mut session, bench);
-            session.kill();
+            let limit = Duration::from_secs(u64::from(boot.seconds) * u64::from(bench.patience));
+            let result = match &boot.expect {
+                Expect::Terminal => special::terminal(bench.contender, &vm, &log, limit),
+                Expect::SaveAndRestore(when) => special::save_and_restore(bench.contender, &vm, when, &log, limit),
+                _ => {
+                    let mut session = Session::start(bench.contender.command(&vm), Some(&log), boot.input.is_some())?;
+                    judge(boot, &mut session, bench)
+                }
+            };
             match result {
                 Ok(()) => {
                     let _ = std::fs::remove_file(&log);
@@ -193,6 +200,7 @@ fn judge_end(
             anyhow::ensure!(verdict.starts_with("PASS"), "before the reset the guest says {verdict}");
             Ok(())
         }
+        Expect::Terminal | Expect::SaveAndRestore(_) => anyhow::bail!("this case has a procedure of its own"),
         Expect::TripleFault => {
             let event = session.wait_for(left(), |_| false)?;
             anyhow::ensure!(
