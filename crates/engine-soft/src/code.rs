@@ -6,9 +6,9 @@
 //! ([`CodeGenerations`]): after the page has been written, its blocks are never found again. Nothing is freed one by one;
 //! when the cache has grown to its bound, all of it goes.
 
+use crate::features::Features;
 use crate::interp::op::{Op, bare, flag};
 use crate::interp::{Handler, Insn, lower, misc};
-use crate::features::Features;
 use crate::vp::CodeSize;
 use iced_x86::{Decoder, DecoderError, DecoderOptions, Instruction};
 use std::alloc::{Layout, alloc, dealloc, handle_alloc_error};
@@ -188,7 +188,12 @@ impl Default for DecodeCache {
 impl DecodeCache {
     /// Empty.
     pub fn new() -> Self {
-        let insn = Insn { handler: |_, _| Err(crate::vp::Fault::UD), iced: Instruction::default(), bytes: [0; 15], cache: Cell::new(0) };
+        let insn = Insn {
+            handler: |_, _| Err(crate::vp::Fault::UD),
+            iced: Instruction::default(),
+            bytes: [0; 15],
+            cache: Cell::new(0),
+        };
         let op = bare(misc::undefined, &insn.iced, CodeSize::Bits64);
         Self {
             arena: Arena { chunks: Vec::new(), used: 0 },

@@ -5,9 +5,8 @@ use crate::exception::{Frame, SoftwareKind, software_interrupt};
 use crate::interp::{Handler, Insn};
 use crate::segmentation::{Descriptor, Want, is_null, selector_error};
 use crate::task::Reason;
-use crate::vp::{Exec, Fault, SoftVp, attention};
+use crate::vp::{Exec, Fault, SoftVp};
 use iced_x86::{Code, Instruction, OpKind};
-use std::sync::atomic::Ordering;
 use x86::exception as vector;
 use x86::paging::is_canonical;
 use x86::regs::gpr::{R11, RCX, RDX, RSP};
@@ -428,8 +427,7 @@ impl SoftVp {
             self.select_tlb();
         }
         if changed & new & rflags::IF != 0 {
-            // An interrupt may have been waiting for this.
-            self.s.attention.fetch_or(attention::INTERRUPT, Ordering::Relaxed);
+            self.interrupts_unblocked();
         }
         if changed & (rflags::TF | rflags::RF) != 0 {
             self.update_boundary();
@@ -440,7 +438,7 @@ impl SoftVp {
     fn unmask_nmi(&mut self) {
         if self.s.nmi_masked {
             self.s.nmi_masked = false;
-            self.s.attention.fetch_or(attention::INTERRUPT, Ordering::Relaxed);
+            self.interrupts_unblocked();
         }
     }
 

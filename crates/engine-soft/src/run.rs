@@ -21,7 +21,7 @@ use x86::regs::rflags;
 /// What the run loop remembers between instructions.
 #[derive(Clone, Debug, Default)]
 pub struct RunState {
-    /// Something waits for IF, the shadow or the NMI mask: look again at every boundary.
+    /// Something waits for IF, the shadow or the NMI mask ([`SoftVp::interrupts_unblocked`] says when to look again).
     window: bool,
     /// Idle by the guest-idle MSR: any interrupt ends it, even with IF clear.
     idle_any: bool,
@@ -83,11 +83,7 @@ impl SoftVp {
             match self.activity {
                 Activity::Running => {
                     self.deliver_loaded();
-                    if self.run.window {
-                        interp::step(self);
-                    } else {
-                        interp::run(self);
-                    }
+                    interp::run(self);
                 }
                 Activity::Halted if self.s.pending_debug != 0 => self.set_activity(Activity::Running),
                 Activity::Halted | Activity::WaitForSipi => self.idle(),
@@ -164,7 +160,8 @@ impl SoftVp {
         }
         if self.pending_exception.is_some() || self.pending_interrupt.is_some() {
             // They come first, and what their delivery does decides about the rest.
-            self.run.window = true;
+            self.deliver_loaded();
+            self.s.attention.fetch_or(attention::INTERRUPT, Ordering::SeqCst);
             return;
         }
         // A debug trap of the last instruction comes before interrupts; the interpreter delivers it at this boundary.

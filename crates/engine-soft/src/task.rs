@@ -176,6 +176,7 @@ impl SoftVp {
         self.s.next_rip = image.eip;
         let keep = if wide { 0 } else { self.s.rflags & 0xffff_0000 & !(rflags::VM | rflags::RF) };
         self.s.rflags = (image.eflags & rflags::ALL) | keep | rflags::FIXED;
+        self.interrupts_unblocked();
         for n in 0..8 {
             self.s.gprs[n] = if wide { image.gprs[n] } else { 0xffff_0000 | image.gprs[n] };
         }

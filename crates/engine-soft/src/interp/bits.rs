@@ -229,4 +229,3 @@ pub fn random<const SEED: bool>(vp: &mut SoftVp, op: &Op) -> Exec {
     set_status(vp, if ok { rflags::CF } else { 0 });
     Ok(())
 }
-

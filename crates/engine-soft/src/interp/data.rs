@@ -101,7 +101,13 @@ pub fn setcc<const CC: u8, const MEM: bool>(vp: &mut SoftVp, op: &Op) -> Exec {
     }
 }
 
-/// Nothing (NOP, PAUSE, PREFETCH*, ENDBR, hints).
+/// PAUSE.
+pub fn pause(vp: &mut SoftVp, _: &Op) -> Exec {
+    vp.spin_hint();
+    Ok(())
+}
+
+/// Nothing (NOP, PREFETCH*, ENDBR, hints).
 pub fn nop(_: &mut SoftVp, _: &Op) -> Exec {
     Ok(())
 }
@@ -189,7 +195,6 @@ pub fn salc(vp: &mut SoftVp, _: &Op) -> Exec {
     set(vp, 0, v);
     Ok(())
 }
-
 
 /// Pushes 8 bytes on a 64-bit stack.
 #[inline(always)]
@@ -435,4 +440,3 @@ pub fn load_far_pointer(vp: &mut SoftVp, op: &Op) -> Exec {
     set_sized(vp, op.a, op.size, u64::from_le_bytes(offset));
     Ok(())
 }
-

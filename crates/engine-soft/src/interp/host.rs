@@ -360,10 +360,22 @@ macro_rules! byte_mul {
     };
 }
 
-arith!(u8, reg_byte, "", "byte", "al", { byte_mul!(mul, "mul"); byte_mul!(imul, "imul"); });
-arith!(u16, reg, ":x", "word", "ax", { wide_mul!(mul, "mul", u16, ":x"); wide_mul!(imul, "imul", u16, ":x"); });
-arith!(u32, reg, ":e", "dword", "eax", { wide_mul!(mul, "mul", u32, ":e"); wide_mul!(imul, "imul", u32, ":e"); });
-arith!(u64, reg, ":r", "qword", "rax", { wide_mul!(mul, "mul", u64, ":r"); wide_mul!(imul, "imul", u64, ":r"); });
+arith!(u8, reg_byte, "", "byte", "al", {
+    byte_mul!(mul, "mul");
+    byte_mul!(imul, "imul");
+});
+arith!(u16, reg, ":x", "word", "ax", {
+    wide_mul!(mul, "mul", u16, ":x");
+    wide_mul!(imul, "imul", u16, ":x");
+});
+arith!(u32, reg, ":e", "dword", "eax", {
+    wide_mul!(mul, "mul", u32, ":e");
+    wide_mul!(imul, "imul", u32, ":e");
+});
+arith!(u64, reg, ":r", "qword", "rax", {
+    wide_mul!(mul, "mul", u64, ":r");
+    wide_mul!(imul, "imul", u64, ":r");
+});
 
 macro_rules! double_shift {
     ($name:ident, $ins:literal, $t:ty, $m:literal) => {
@@ -505,9 +517,15 @@ pub fn crc32(crc: u32, value: u64, size: u8) -> u32 {
     // SAFETY: arithmetic on registers only.
     unsafe {
         match size {
-            1 => asm!("crc32 {c:e}, {v}", c = inout(reg) crc, v = in(reg_byte) value as u8, options(pure, nomem, nostack)),
-            2 => asm!("crc32 {c:e}, {v:x}", c = inout(reg) crc, v = in(reg) value as u16, options(pure, nomem, nostack)),
-            4 => asm!("crc32 {c:e}, {v:e}", c = inout(reg) crc, v = in(reg) value as u32, options(pure, nomem, nostack)),
+            1 => {
+                asm!("crc32 {c:e}, {v}", c = inout(reg) crc, v = in(reg_byte) value as u8, options(pure, nomem, nostack))
+            }
+            2 => {
+                asm!("crc32 {c:e}, {v:x}", c = inout(reg) crc, v = in(reg) value as u16, options(pure, nomem, nostack))
+            }
+            4 => {
+                asm!("crc32 {c:e}, {v:e}", c = inout(reg) crc, v = in(reg) value as u32, options(pure, nomem, nostack))
+            }
             _ => asm!("crc32 {c:r}, {v:r}", c = inout(reg) crc, v = in(reg) value, options(pure, nomem, nostack)),
         }
     }

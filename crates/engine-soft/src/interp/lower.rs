@@ -108,11 +108,7 @@ impl Form<'_> {
     }
     /// Size of a register or memory operand in bytes.
     fn size(&self, n: u32) -> u8 {
-        if self.is_register(n) {
-            self.i.op_register(n).size() as u8
-        } else {
-            self.i.memory_size().size() as u8
-        }
+        if self.is_register(n) { self.i.op_register(n).size() as u8 } else { self.i.memory_size().size() as u8 }
     }
     fn is_immediate(&self, n: u32) -> bool {
         n < self.i.op_count() && self.i.try_immediate(n).is_ok()
@@ -886,8 +882,10 @@ pub fn lower(i: &Instruction, code: CodeSize, features: &Features) -> Option<Op>
             // MONITORing and hints only; the address of a prefetch is not even translated.
             if i.mnemonic() == M::Pause {
                 f.op.flags |= flag::END;
+                f.set(data::pause)?;
+            } else {
+                f.set(data::nop)?;
             }
-            f.set(data::nop)?;
         }
 
         M::Movsb if !has_vector(i) => f.string(1, string::movs::<u8>)?,

@@ -55,11 +55,7 @@ pub struct Insn {
 #[inline(always)]
 fn code_linear(vp: &SoftVp) -> u64 {
     let rip = vp.s.rip;
-    if vp.s.code_size == CodeSize::Bits64 {
-        rip
-    } else {
-        vp.s.segments[sreg::CS].base.wrapping_add(rip) & 0xffff_ffff
-    }
+    if vp.s.code_size == CodeSize::Bits64 { rip } else { vp.s.segments[sreg::CS].base.wrapping_add(rip) & 0xffff_ffff }
 }
 
 /// Makes the page of linear address `la` current.

@@ -25,9 +25,7 @@ impl SoftVp {
     /// The checked linear address of memory operand `n`, whatever kind of memory operand it is.
     pub fn linear_operand(&mut self, insn: &Insn, n: u32, size: usize, want: Want) -> Exec<u64> {
         let (seg, offset) = match implicit(&insn.iced, n) {
-            Some((seg, register, addr)) => {
-                (seg, self.s.gprs[register] & mask(addr))
-            }
+            Some((seg, register, addr)) => (seg, self.s.gprs[register] & mask(addr)),
             None => self.effective_address(insn),
         };
         self.seg_linear(seg, offset, size, want)
