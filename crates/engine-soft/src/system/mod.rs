@@ -9,9 +9,8 @@ use crate::features;
 use crate::interp::{Handler, Insn};
 use crate::native::operand;
 use crate::segmentation::Want;
-use crate::vp::{Exec, Fault, SoftVp, attention};
+use crate::vp::{Exec, Fault, SoftVp};
 use iced_x86::{Code, Instruction, OpKind, Register};
-use partition::Activity;
 use std::sync::atomic::Ordering;
 use x86::paging::is_canonical;
 use x86::regs::gpr::{RAX, RBX, RCX, RDX};
@@ -159,9 +158,7 @@ fn rdpmc(_: &mut SoftVp, _: &Insn) -> Exec {
 
 fn hlt(vp: &mut SoftVp, _: &Insn) -> Exec {
     vp.require_cpl0()?;
-    vp.activity = Activity::Halted;
-    // The run loop looks for interrupts (one may have come just before) and sleeps if there is none.
-    vp.s.attention.fetch_or(attention::INTERRUPT, Ordering::Relaxed);
+    vp.halt();
     Ok(())
 }
 
