@@ -136,6 +136,8 @@ pub fn run(options: &RunOptions) -> Result<Outcome, WorkerError> {
     let base = Base::new(&config).map_err(WorkerError::Machine)?;
     let cpuid = machine::processor::tables(&config.cpu_model, config.processors, base.clock.tsc_frequency_hz())
         .map_err(|e| WorkerError::Setup(format!("--cpu-model: {e}")))?;
+    let phase = |what: &str| tracing::debug!("{what} after {:.1} ms", options.started.elapsed().as_secs_f64() * 1e3);
+    phase("memory and processor model");
     let engine = engines::choose(options.engine).map_err(WorkerError::Engine)?;
     let mut plugged = Plugged::new(&options.serial)
         .map_err(|source| WorkerError::Serial { target: options.serial.to_string(), source })?;
@@ -158,6 +160,7 @@ pub fn run(options: &RunOptions) -> Result<Outcome, WorkerError> {
         }
         None => machine.boot().map_err(WorkerError::Machine)?,
     }
+    phase("guest loaded");
     plugged
         .start(move || drop(sender.send(Wake::Escape)))
         .map_err(|source| WorkerError::Host { what: "preparing the terminal", source })?;
