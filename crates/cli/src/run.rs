@@ -44,6 +44,9 @@ pub struct Args {
     /// Translation of guest code (engine soft): on, off (interpret everything), verify (do both and compare)
     #[arg(long, value_enum, default_value_t = TranslateArg::On)]
     translate: TranslateArg,
+    /// Hyper-V's interface for the guest: enlightenments, reference time, synthetic timers
+    #[arg(long, value_enum, default_value_t = Switch::Off)]
+    hyperv: Switch,
     /// Print counters to standard error at the end
     #[arg(long)]
     stats: bool,
@@ -63,6 +66,12 @@ enum EngineArg {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
+enum Switch {
+    On,
+    Off,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
 enum TranslateArg {
     On,
     Off,
@@ -76,7 +85,7 @@ pub fn run(args: Args, started: Instant) -> ExitCode {
             memory_bytes: args.memory,
             processors: args.processors,
             cpu_model: args.cpu_model.unwrap_or_else(default_model),
-            hyperv: false,
+            hyperv: matches!(args.hyperv, Switch::On),
             boot: BootSource::Kernel { kernel, initrd: args.initrd, command_line: args.append },
         }),
         (None, Some(file)) => Start::Restore(file),

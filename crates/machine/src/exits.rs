@@ -3,7 +3,7 @@
 use crate::bus::Bus;
 use chipset::ioapic::IoApic;
 use chipset::pic::Pic;
-use chipset::{DeviceError, SavedState};
+use chipset::{DeviceError, PowerSink, SavedState};
 use partition::{Abilities, Gpa, HypercallContext, HypercallOutcome, MsrOutcome, Partition, VpExits, VpIndex};
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -21,8 +21,8 @@ pub trait GuestInterface: Send + Sync {
     fn hypercall_port(&self) -> Option<u8>;
     /// Adds its leaves to a VP's table.
     fn extend_cpuid(&self, table: &mut CpuidTable, abilities: Abilities);
-    /// The partition exists now.
-    fn attach(&self, partition: &Arc<dyn Partition>);
+    /// The partition exists now, and so does the power switch.
+    fn attach(&self, partition: &Arc<dyn Partition>, power: &Arc<dyn PowerSink>);
     /// RDMSR.
     fn msr_read(&self, vp: VpIndex, msr: u32) -> MsrOutcome;
     /// WRMSR.

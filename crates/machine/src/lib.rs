@@ -7,6 +7,7 @@
 //! * [`board`]: which devices it has; [`acpi`]: the tables that describe them;
 //! * [`boot`]: loaders (Linux bzImage, PVH, ELF, flat images) and the state in which a VP enters them;
 //! * [`bus`], [`exits`]: the way of an access from a VP to its device;
+//! * [`hyperv`]: Hyper-V's interface for guests;
 //! * [`vcpu`]: VP threads; [`machine`]: run, pause, reset; [`save`]: the state file.
 //!
 //! It may use: `chipset`, `tlfs`, `partition`, `x86`. It must never know: which engine runs, terminals, signals, command
@@ -20,6 +21,7 @@ pub mod bus;
 pub mod config;
 pub mod dump;
 pub mod exits;
+pub mod hyperv;
 pub mod layout;
 pub mod machine;
 pub mod processor;

@@ -97,28 +97,33 @@ pub struct Parts<'a> {
     pub debug: Option<Arc<dyn DebugSink>>,
     /// Hyper-V's interface, or another.
     pub guest_interface: Option<Arc<dyn GuestInterface>>,
-    /// The partition's memory and clock, if the caller needed them before (a guest interface does).
+    /// The partition's memory, clock and timers, if the caller needed them before (a guest interface does).
     pub base: Option<Base>,
     /// Hears events, on VP threads; must not block.
     pub events: Arc<dyn Fn(Event) + Send + Sync>,
 }
 
-/// Memory and clock: what exists before the partition.
+/// Memory, clock and timers: what exists before the partition.
 #[derive(Clone)]
 pub struct Base {
     /// Guest memory.
     pub memory: Arc<GuestMemory>,
     /// The clock.
     pub clock: Arc<Clock>,
+    /// Timers that follow the clock.
+    pub timers: Arc<TimerService>,
 }
 
 impl Base {
-    /// Memory and clock of a machine with this configuration.
+    /// What a machine with this configuration begins with.
     pub fn new(config: &MachineConfig) -> Result<Self, MachineError> {
         check(config)?;
         let memory = GuestMemory::with_ram(config.memory_bytes, layout::HOLE, false)?;
         memory.unmap(Gpa(layout::VGA.start), layout::VGA.end - layout::VGA.start)?;
-        Ok(Self { memory, clock: Arc::new(Clock::new()) })
+        let clock = Arc::new(Clock::new());
+        let timers = TimerService::new(clock.clone())
+            .map_err(|source| MachineError::Host { what: "creating the timer thread", source })?;
+        Ok(Self { memory, clock, timers })
     }
 }
 
@@ -196,14 +201,13 @@ impl Machine {
             hypercall_port: parts.guest_interface.as_ref().and_then(|g| g.hypercall_port()),
             options: parts.options,
         })?;
-        if let Some(interface) = &parts.guest_interface {
-            interface.attach(&partition);
-        }
-        let timers = TimerService::new(base.clock.clone())
-            .map_err(|source| MachineError::Host { what: "creating the timer thread", source })?;
+        let timers = base.timers;
         let stopper = Stopper::new(partition.clone(), config.processors);
         let switch = Arc::new(PowerSwitch { stopper: stopper.clone(), events: parts.events });
         let power: Arc<dyn PowerSink> = switch.clone();
+        if let Some(interface) = &parts.guest_interface {
+            interface.attach(&partition, &power);
+        }
         let board = Board::new(&partition, &timers, &power, config.memory_bytes, parts.serial, parts.debug);
         let bus = Bus::new(board.devices).map_err(|e| MachineError::Config(e.to_string()))?;
         let exits =

@@ -3,9 +3,10 @@
 use crate::engines::{self, EngineChoice};
 use crate::serial::{Plugged, SerialTarget};
 use crate::stats;
+use machine::hyperv::HyperV;
 use machine::machine::{Base, Parts};
 use machine::save::{self, Header};
-use machine::{Event, Machine, MachineConfig, MachineError, Serial};
+use machine::{Event, GuestInterface, Machine, MachineConfig, MachineError, Serial};
 use partition::{EngineError, EngineOptions};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 use std::fs::File;
@@ -139,6 +140,10 @@ pub fn run(options: &RunOptions) -> Result<Outcome, WorkerError> {
     let phase = |what: &str| tracing::debug!("{what} after {:.1} ms", options.started.elapsed().as_secs_f64() * 1e3);
     phase("memory and processor model");
     let engine = engines::choose(options.engine).map_err(WorkerError::Engine)?;
+    let guest_interface: Option<Arc<dyn GuestInterface>> = config.hyperv.then(|| {
+        let signature = cpuid.first().map_or(0, |table| table.get(1, 0).eax);
+        HyperV::new(&base, config.processors, signature, engine.abilities()) as Arc<dyn GuestInterface>
+    });
     let mut plugged = Plugged::new(&options.serial)
         .map_err(|source| WorkerError::Serial { target: options.serial.to_string(), source })?;
     let events = sender.clone();
@@ -148,7 +153,7 @@ pub fn run(options: &RunOptions) -> Result<Outcome, WorkerError> {
         cpuid,
         serial: Serial { com1: Some(plugged.backend.clone()), com2: None },
         debug: None,
-        guest_interface: None,
+        guest_interface,
         base: Some(base),
         // A run loop that has gone away does not need the event.
         events: Arc::new(move |event| drop(events.send(Wake::Machine(event)))),

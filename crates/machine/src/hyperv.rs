@@ -1,0 +1,148 @@
+//! Hyper-V's interface for guests (`tlfs`) as a [`GuestInterface`] of the machine.
+
+use crate::exits::GuestInterface;
+use crate::layout::io;
+use crate::machine::Base;
+use chipset::{DeviceError, PowerSink, SavedState, Timer, TimerService, TimerTarget};
+use partition::{Abilities, HypercallContext, HypercallOutcome, MsrOutcome, Partition, VpIndex};
+use std::ops::RangeInclusive;
+use std::sync::{Arc, OnceLock, Weak};
+use tlfs::{CrashReport, HvConfig, HvHost, HvPartition, HvState, TimerId};
+use x86::cpuid::{APIC_TIMER_HZ, CpuidTable};
+use x86::msr;
+
+const VERSION: u32 = 1;
+/// Synthetic timers of a VP (TLFS 6.0b, section 12.3).
+const TIMERS: usize = 4;
+
+/// The machine's side of an [`HvPartition`].
+pub struct HyperV {
+    hv: Arc<HvPartition>,
+    host: Arc<Host>,
+    /// Kept alive here; the timer service knows them weakly.
+    _expiries: Vec<Arc<dyn TimerTarget>>,
+}
+
+#[derive(Default)]
+struct Host {
+    power: OnceLock<Arc<dyn PowerSink>>,
+}
+
+impl HvHost for Host {
+    fn reset(&self, _vp: VpIndex) {
+        if let Some(power) = self.power.get() {
+            power.reset();
+        }
+    }
+    // `tlfs` passes only a few reports of a boot on, so that the guest cannot fill the log.
+    fn crashed(&self, report: CrashReport) {
+        let text = report.message.unwrap_or_default();
+        tracing::error!(vp = report.vp, parameters = ?report.parameters, "the guest has crashed: {}", text.trim_end());
+    }
+}
+
+/// The synthetic timers of all VPs, four a VP.
+struct Timers(Vec<Timer>);
+
+impl tlfs::TimerService for Timers {
+    fn arm(&self, timer: TimerId, tsc_deadline: Option<u64>) {
+        if let Some(timer) = self.0.get(timer.vp as usize * TIMERS + usize::from(timer.timer)) {
+            timer.set(tsc_deadline);
+        }
+    }
+}
+
+struct Expiry {
+    hv: Weak<HvPartition>,
+    timer: TimerId,
+}
+
+impl TimerTarget for Expiry {
+    fn expired(&self) {
+        if let Some(hv) = self.hv.upgrade() {
+            hv.timer_expired(self.timer);
+        }
+    }
+}
+
+impl HyperV {
+    /// The interface of a machine with this memory, clock and timer service, on an engine with these abilities.
+    /// `cpu_signature` is CPUID.1:EAX.
+    pub fn new(base: &Base, processors: u32, cpu_signature: u32, abilities: Abilities) -> Arc<Self> {
+        let host = Arc::new(Host::default());
+        let service: &TimerService = &base.timers;
+        let timers = Arc::new(Timers((0..processors as usize * TIMERS).map(|_| service.timer()).collect()));
+        let hv = HvPartition::new(HvConfig {
+            vp_count: processors,
+            memory: base.memory.clone(),
+            clock: base.clock.clone(),
+            abilities,
+            hypercall_port: io::HYPERCALL,
+            apic_frequency_hz: APIC_TIMER_HZ,
+            cpu_signature,
+            host: host.clone(),
+            timers: timers.clone(),
+        });
+        let mut expiries: Vec<Arc<dyn TimerTarget>> = Vec::new();
+        for (i, timer) in timers.0.iter().enumerate() {
+            let id = TimerId { vp: (i / TIMERS) as VpIndex, timer: (i % TIMERS) as u8 };
+            let expiry: Arc<dyn TimerTarget> = Arc::new(Expiry { hv: Arc::downgrade(&hv), timer: id });
+            timer.connect(Arc::downgrade(&expiry));
+            expiries.push(expiry);
+        }
+        Arc::new(Self { hv, host, _expiries: expiries })
+    }
+
+    /// For those who talk to the guest through SynIC (VMBus).
+    pub fn partition(&self) -> &Arc<HvPartition> {
+        &self.hv
+    }
+}
+
+impl GuestInterface for HyperV {
+    fn msr_ranges(&self) -> Vec<RangeInclusive<u32>> {
+        std::iter::once(msr::HV_FIRST..=msr::HV_LAST).collect()
+    }
+
+    fn hypercall_port(&self) -> Option<u8> {
+        Some(io::HYPERCALL)
+    }
+
+    fn extend_cpuid(&self, table: &mut CpuidTable, abilities: Abilities) {
+        tlfs::cpuid::add_to(table, abilities);
+    }
+
+    fn attach(&self, partition: &Arc<dyn Partition>, power: &Arc<dyn PowerSink>) {
+        self.hv.attach(partition.clone());
+        let _ = self.host.power.set(power.clone());
+    }
+
+    fn msr_read(&self, vp: VpIndex, msr: u32) -> MsrOutcome {
+        self.hv.msr_read(vp, msr)
+    }
+
+    fn msr_write(&self, vp: VpIndex, msr: u32, value: u64) -> MsrOutcome {
+        self.hv.msr_write(vp, msr, value)
+    }
+
+    fn hypercall(&self, vp: VpIndex, context: &mut dyn HypercallContext) -> HypercallOutcome {
+        self.hv.hypercall(vp, context)
+    }
+
+    fn reset(&self) {
+        self.hv.reset();
+    }
+
+    fn save(&self) -> Result<SavedState, DeviceError> {
+        SavedState::new(VERSION, &self.hv.save())
+    }
+
+    fn restore(&self, saved: &SavedState) -> Result<(), DeviceError> {
+        let state: HvState = saved.get(VERSION)?;
+        self.hv.restore(&state).map_err(|e| DeviceError::BadState(e.to_string()))
+    }
+
+    fn counters(&self) -> Vec<(&'static str, u64)> {
+        self.hv.counters().snapshot()
+    }
+}
