@@ -35,6 +35,7 @@ pub use disk::{Disk, DiskInfo, Io, OpenOptions};
 pub use error::{Error, RequestError, Result, Structure};
 pub use image::{DiskType, Format};
 pub use ops::Progress;
+pub use ops::check::{CheckReport, Finding, ImageInfo, Severity, check, info};
 pub use ops::create::{CreateOptions, create};
 pub use state::{Callback, Completion, RequestKind};
 pub use storage::Lock;

@@ -114,7 +114,9 @@ fn perform_by_trait(file: &dyn Storage, op: &Op, iov: *const libc::iovec, count:
     let mut buf = vec![0; total];
     if op.kind == OpKind::Read {
         let available = file.length()?.saturating_sub(op.offset).min(total as u64) as usize;
-        file.read_at(&mut buf[..available], op.offset)?;
+        if available > 0 {
+            file.read_at(&mut buf[..available], op.offset)?;
+        }
         buf.truncate(available);
     }
     let mut at = 0;

@@ -1,5 +1,6 @@
 //! What is done to whole images: making, looking, checking, changing their form.
 
+pub mod check;
 pub mod create;
 pub(crate) mod replace;
 

@@ -1,6 +1,8 @@
 //! Tests of the whole: random operations against a model, power cuts, hostile files.
 
 mod model;
+mod powercut;
+mod sim;
 
 use std::path::PathBuf;
 
