@@ -12,9 +12,9 @@ use crate::driver::threads::Threads;
 use crate::driver::uring::Uring;
 use crate::driver::{Driver, Shared, threads, uring};
 use crate::error::{Error, RequestError, Result};
-use crate::image::{ChainOptions, DiskType, Facts, Format, Image, open_chain};
-use crate::state::{Callback, Completion, Core, RequestKind};
-use crate::storage::Lock;
+use crate::image::{self, ChainOptions, DiskType, Facts, Format, Image, open_chain};
+use crate::state::{Callback, Completion, Core, Extent, RequestKind};
+use crate::storage::{Lock, Storage};
 
 /// Which way requests reach the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -29,6 +29,9 @@ pub enum Io {
     /// io_uring without a thread of its own: only the thread that opened the disk may use it, and must call
     /// [`Disk::drive`] for anything to complete. For benchmarks and bulk work.
     Inline,
+    /// The calling thread does the I/O itself and [`Disk::submit`] returns when it is done. For work in bulk by
+    /// several threads.
+    Blocking,
 }
 
 /// How to open a disk.
@@ -129,7 +132,7 @@ impl Disk {
         let size = AtomicU64::new(facts.size);
         let shared = Arc::new(Shared::new(Core::new(layers, writer, facts.logical_sector), driver));
         let threads = match (shared.driver(), io) {
-            (_, Io::Inline) => Ok(Vec::new()),
+            (_, Io::Inline) | (Driver::Blocking(_), _) => Ok(Vec::new()),
             (Driver::Uring(_), _) => uring::start(shared.clone()).map(|t| vec![t]),
             (Driver::Threads(_), _) => threads::start(&shared),
         }
@@ -173,7 +176,7 @@ impl Disk {
         }
     }
 
-    fn call(&self, kind: RequestKind, offset: u64, len: u64, buffer: Option<IoBuffer>) -> Completion {
+    pub(crate) fn call(&self, kind: RequestKind, offset: u64, len: u64, buffer: Option<IoBuffer>) -> Completion {
         let (tx, rx) = mpsc::sync_channel(1);
         let tell: Callback = Box::new(move |c| {
             let _ = tx.send(c);
@@ -220,6 +223,65 @@ impl Disk {
     /// Writes zeros and waits.
     pub fn write_zeroes(&self, offset: u64, len: u64) -> std::result::Result<(), RequestError> {
         self.call(RequestKind::WriteZeroes, offset, len, None).result
+    }
+
+    /// What is at a disk offset, and for how many bytes.
+    pub(crate) fn extent(&self, pos: u64) -> std::result::Result<(Extent, u64), RequestError> {
+        self.shared.lock().extent(pos)
+    }
+
+    /// Stops the disk for a moment, with everything durable and the image closed, and lets `change` work on its file;
+    /// opens the image again afterwards, whether `change` succeeded or not. Requests wait meanwhile.
+    pub(crate) fn with_closed_image(&self, change: impl FnOnce(Arc<dyn Storage>) -> Result<()>) -> Result<()> {
+        if self.info.read_only {
+            return Err(RequestError::ReadOnly.into());
+        }
+        self.shared.lock().held = true;
+        let result = self.change_closed(change);
+        let mut core = self.shared.lock();
+        self.size.store(core.size(), Ordering::Release);
+        core.release();
+        self.shared.pump(core);
+        result
+    }
+
+    fn change_closed(&self, change: impl FnOnce(Arc<dyn Storage>) -> Result<()>) -> Result<()> {
+        drop(self.wait_idle());
+        let (tx, rx) = mpsc::sync_channel(1);
+        let mut core = self.shared.lock();
+        core.flush_held(Box::new(move |c| {
+            let _ = tx.send(c.result);
+        }));
+        self.shared.pump(core);
+        drop(self.wait_idle());
+        rx.recv().unwrap_or(Err(RequestError::Closed))?;
+        let mut core = self.wait_idle();
+        let storage = core.layers[0].storage.clone();
+        if core.failed {
+            return Err(RequestError::Failed.into());
+        }
+        core.writer.close(&*storage, false)?;
+        let changed = change(storage.clone());
+        match image::open(storage, self.info.format, true) {
+            Ok(i) => {
+                core.layers[0] = i.layer;
+                core.writer = i.writer;
+            }
+            Err(e) => {
+                core.failed = true;
+                return Err(e);
+            }
+        }
+        changed
+    }
+
+    fn wait_idle(&self) -> std::sync::MutexGuard<'_, Core> {
+        if let (Driver::Uring(u), Io::Inline) = (self.shared.driver(), self.info.io) {
+            while !self.shared.lock().is_idle() {
+                u.reap(&self.shared, true);
+            }
+        }
+        self.shared.wait_idle()
     }
 
     /// Flushes, closes the image tidily and says how that went.
@@ -279,6 +341,7 @@ fn shut(shared: &Arc<Shared>, threads: Vec<JoinHandle<()>>, inline: bool, read_o
         Driver::Uring(_) if inline => {}
         Driver::Uring(u) => u.stop(shared),
         Driver::Threads(t) => t.stop(),
+        Driver::Blocking(_) => {}
     }
     for t in threads {
         let _ = t.join();
@@ -304,6 +367,9 @@ fn make_driver(files: crate::driver::Files, io: Io) -> Result<(Driver, Io)> {
         (Io::Auto, Ok("uring")) => Io::Uring,
         (io, _) => io,
     };
+    if wanted == Io::Blocking {
+        return Ok((Driver::Blocking(files), wanted));
+    }
     if wanted == Io::Threads {
         return Ok((Driver::Threads(Threads::new(files)), Io::Threads));
     }

@@ -224,13 +224,6 @@ pub(crate) fn vhdx_map(file: &VhdxFile) -> BlockMap {
     }
 }
 
-/// Something wrong with a block's entry, found by [`walk_vhdx`].
-pub(crate) struct BadEntry {
-    pub index: u64,
-    pub raw: u64,
-    pub why: String,
-}
-
 /// Goes through the BAT, skipping its holes, and gives every entry that is not zero to `visit` as
 /// (is a sector bitmap, number of block or chunk, raw entry).
 pub(crate) fn walk_vhdx(

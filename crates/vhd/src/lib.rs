@@ -13,8 +13,6 @@
 //! `driver` (io_uring or threads) → the completion's callback. How metadata becomes durable is told in `state::commit`.
 //! Everything in a file is hostile until it has been checked; checks are where the structure is read (`vhdx`, `vhd`).
 
-#![allow(dead_code, reason = "the operations on whole images that use the rest land next")]
-
 pub mod format;
 
 mod buffer;
@@ -36,6 +34,9 @@ pub use error::{Error, RequestError, Result, Structure};
 pub use image::{DiskType, Format};
 pub use ops::Progress;
 pub use ops::check::{CheckReport, Finding, ImageInfo, Severity, check, info};
+pub use ops::convert::{compact, convert, reparent};
 pub use ops::create::{CreateOptions, create};
+pub use ops::merge::merge;
+pub use ops::resize::{minimum_size, resize};
 pub use state::{Callback, Completion, RequestKind};
 pub use storage::Lock;

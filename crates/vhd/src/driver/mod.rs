@@ -19,6 +19,8 @@ pub(crate) struct Shared {
 pub(crate) enum Driver {
     Uring(Box<uring::Uring>),
     Threads(threads::Threads),
+    /// Whoever submits a request carries out its operations himself.
+    Blocking(Files),
 }
 
 impl Shared {
@@ -37,6 +39,9 @@ impl Shared {
 
     /// Hands new operations to the driver, then, without the lock, tells finished requests.
     pub fn pump(&self, mut core: MutexGuard<'_, Core>) {
+        if let Driver::Blocking(files) = &self.driver {
+            return self.pump_blocking(core, files);
+        }
         let ops = std::mem::take(&mut core.out);
         let done = std::mem::take(&mut core.done);
         let submit = !ops.is_empty();
@@ -44,6 +49,7 @@ impl Shared {
             // The submission queue has one writer at a time because the core is locked.
             Driver::Uring(u) => u.push(ops),
             Driver::Threads(t) => t.push(ops),
+            Driver::Blocking(_) => {}
         }
         if core.is_idle() {
             self.idle.notify_all();
@@ -54,6 +60,28 @@ impl Shared {
         }
         for Done(callback, completion) in done {
             callback(completion);
+        }
+    }
+
+    fn pump_blocking<'a>(&'a self, mut core: MutexGuard<'a, Core>, files: &Files) {
+        loop {
+            let ops = std::mem::take(&mut core.out);
+            let done = std::mem::take(&mut core.done);
+            if ops.is_empty() && done.is_empty() {
+                if core.is_idle() {
+                    self.idle.notify_all();
+                }
+                return;
+            }
+            drop(core);
+            for Done(callback, completion) in done {
+                callback(completion);
+            }
+            let results: Vec<_> = ops.iter().map(|op| (op.id, threads::perform(&*files[op.layer], op))).collect();
+            core = self.lock();
+            for (id, result) in results {
+                core.complete(id, result);
+            }
         }
     }
 

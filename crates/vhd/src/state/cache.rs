@@ -150,12 +150,4 @@ impl Cache {
             p.held -= 1;
         }
     }
-
-    /// Forgets everything (after the file was changed underneath, while nothing is in flight or dirty).
-    pub fn clear(&mut self) {
-        self.pages.clear();
-        self.order.clear();
-        self.dirty.clear();
-        self.reserved = 0;
-    }
 }

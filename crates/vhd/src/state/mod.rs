@@ -288,6 +288,42 @@ impl Core {
         Ok(())
     }
 
+    /// A flush that goes through although requests are held.
+    pub fn flush_held(&mut self, done: Callback) {
+        let held = std::mem::replace(&mut self.held, false);
+        self.submit(RequestKind::Flush, 0, 0, None, done);
+        self.held = held;
+    }
+
+    /// What is at a disk offset, and for how many bytes from it on, for long operations that copy images. Pages are
+    /// read on the spot.
+    pub fn extent(&mut self, pos: u64) -> std::result::Result<(Extent, u64), RequestError> {
+        let max = self.size() - pos;
+        loop {
+            match resolve(&mut self.layers, pos, max) {
+                Ok((Place::Absent, n)) => return Ok((Extent::Absent, n)),
+                Ok((Place::Zero, n)) => return Ok((Extent::Zero, n)),
+                Ok((Place::File(layer, offset), n)) => {
+                    // Holes in the file are zeros, too.
+                    let next = self.layers[layer].storage.next_data(offset).unwrap_or(Some((offset, offset + n)));
+                    return Ok(match next {
+                        Some((start, end)) if start <= offset => (Extent::Data, n.min(end - offset)),
+                        Some((start, _)) => (Extent::Zero, n.min(start - offset)),
+                        None => (Extent::Zero, n),
+                    });
+                }
+                Err((layer, Stop::Miss(page))) => {
+                    let l = &mut self.layers[layer];
+                    let Kind::Blocks(map) = &l.kind else { return Err(RequestError::Malformed) };
+                    let mut data = vec![0; 1 << map.page_shift].into_boxed_slice();
+                    l.storage.read_at(&mut data, page << map.page_shift).map_err(|e| RequestError::from_io(&e))?;
+                    l.cache.insert(page, data);
+                }
+                Err((_, Stop::Fail(e))) => return Err(e),
+            }
+        }
+    }
+
     /// Lets held requests go on.
     pub fn release(&mut self) {
         self.held = false;
@@ -334,12 +370,12 @@ impl Core {
                 Ok((place, n)) => {
                     let at = (pos - start) as usize;
                     match place {
-                        None => {
+                        Place::Absent | Place::Zero => {
                             if let Some(b) = &self.reqs.get(id).buffer {
                                 b.fill_zero(at, n as usize);
                             }
                         }
-                        Some((layer, offset)) => self.issue_part(id, OpKind::Read, layer, offset, at, n, None),
+                        Place::File(layer, offset) => self.issue_part(id, OpKind::Read, layer, offset, at, n, None),
                     }
                     self.reqs.get(id).pos = pos + n;
                 }
@@ -555,18 +591,42 @@ impl Core {
     }
 }
 
-/// Where the data at a disk offset is, and for how many bytes (at most `max`) that holds: `None` is zeros.
-fn resolve(layers: &mut [Layer], pos: u64, max: u64) -> Result<(Option<(usize, u64)>, u64), (usize, Stop)> {
+/// What a range of a disk holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Extent {
+    /// Nothing in any of the open images; zeros if there is no parent that is not open.
+    Absent,
+    /// Zeros.
+    Zero,
+    /// Perhaps something.
+    Data,
+}
+
+/// Where a range of a disk is.
+enum Place {
+    /// In none of the layers.
+    Absent,
+    Zero,
+    /// In this layer's file, from this offset on.
+    File(usize, u64),
+}
+
+/// Where the data at a disk offset is, and for how many bytes (at most `max`) that holds.
+fn resolve(layers: &mut [Layer], pos: u64, max: u64) -> Result<(Place, u64), (usize, Stop)> {
     let mut max = max;
     for (i, layer) in layers.iter_mut().enumerate() {
         if pos >= layer.size {
             // A parent that is smaller than its child: zeros beyond.
-            return Ok((None, max));
+            return Ok((Place::Zero, max));
         }
         max = max.min(layer.size - pos);
         match &layer.kind {
             Kind::Flat { length } => {
-                return Ok(if pos >= *length { (None, max) } else { (Some((i, pos)), max.min(*length - pos)) });
+                return Ok(if pos >= *length {
+                    (Place::Zero, max)
+                } else {
+                    (Place::File(i, pos), max.min(*length - pos))
+                });
             }
             Kind::Blocks(map) => {
                 let block = pos >> map.block_shift;
@@ -575,8 +635,9 @@ fn resolve(layers: &mut [Layer], pos: u64, max: u64) -> Result<(Option<(usize, u
                 let stop = |s| (i, s);
                 match map.block(&mut layer.cache, block).map_err(stop)? {
                     Block::Absent if map.has_parent => {}
-                    Block::Absent | Block::Zero => return Ok((None, max)),
-                    Block::Full(at) => return Ok((Some((i, at + inside)), max)),
+                    Block::Absent => return Ok((Place::Absent, max)),
+                    Block::Zero => return Ok((Place::Zero, max)),
+                    Block::Full(at) => return Ok((Place::File(i, at + inside), max)),
                     Block::Partial(at) => {
                         let base = map.bitmap_base(&mut layer.cache, block, at).map_err(stop)?;
                         let sector = inside >> map.sector_shift;
@@ -586,14 +647,14 @@ fn resolve(layers: &mut [Layer], pos: u64, max: u64) -> Result<(Option<(usize, u
                         let into = inside & ((1 << map.sector_shift) - 1);
                         max = max.min((n << map.sector_shift) - into);
                         if here {
-                            return Ok((Some((i, at + inside)), max));
+                            return Ok((Place::File(i, at + inside), max));
                         }
                     }
                 }
             }
         }
     }
-    Ok((None, max))
+    Ok((Place::Absent, max))
 }
 
 /// Linux takes at most 1024 segments in one call (UIO_MAXIOV).

@@ -39,6 +39,8 @@ pub(crate) struct VhdxWriter {
     pub sequence: u64,
     /// Offsets of the entries whose updates are not yet durable in place.
     pub live: VecDeque<u64>,
+    /// Writing does not change what children know this image by: while one of them is being merged into it.
+    pub keep_data_guid: bool,
 }
 
 pub(crate) struct VhdWriter {
@@ -64,6 +66,7 @@ impl VhdxWriter {
             head: 0,
             sequence: 1,
             live: VecDeque::new(),
+            keep_data_guid: false,
         }
     }
 
@@ -74,9 +77,12 @@ impl VhdxWriter {
             storage.set_length(end).map_err(Error::io(storage.path(), "set the length"))?;
             self.file_length = end;
         }
+        let keep = self.keep_data_guid;
         self.header.update(storage, |h| {
             h.file_write_guid = Uuid::new_v4().into();
-            h.data_write_guid = Uuid::new_v4().into();
+            if !keep {
+                h.data_write_guid = Uuid::new_v4().into();
+            }
             h.log_guid = Uuid::new_v4().into();
         })?;
         self.durable_length = end;

@@ -1,6 +1,7 @@
 //! Tests of the whole: random operations against a model, power cuts, hostile files.
 
 mod model;
+mod ops;
 mod powercut;
 mod sim;
 

@@ -280,13 +280,13 @@ fn verify(m: &mut Machine, h: &History, cut: usize, floor_of: &BTreeMap<u64, u64
     }
 }
 
-fn new_image(o: &CreateOptions) -> Content {
+pub(super) fn new_image(o: &CreateOptions) -> Content {
     let f = SimFile::new(Content::default());
     write_structures(&*f, std::path::Path::new("simulated"), o, None, Vec::new()).expect("creates");
     f.now()
 }
 
-fn options(format: Format, disk_type: DiskType, size: u64, block_size: u32, sector: u32) -> CreateOptions {
+pub(super) fn options(format: Format, disk_type: DiskType, size: u64, block_size: u32, sector: u32) -> CreateOptions {
     CreateOptions {
         format,
         disk_type,
@@ -299,7 +299,7 @@ fn options(format: Format, disk_type: DiskType, size: u64, block_size: u32, sect
 }
 
 /// A child over `parent`, made by hand because there are no paths here.
-fn new_child(o: &CreateOptions, parent: &Arc<SimFile>) -> Content {
+pub(super) fn new_child(o: &CreateOptions, parent: &Arc<SimFile>) -> Content {
     let facts = image::open(parent.clone(), o.format, false).expect("opens the parent").facts;
     let f = SimFile::new(Content::default());
     let at = std::env::current_exe().expect("a file that exists");

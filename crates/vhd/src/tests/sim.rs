@@ -104,9 +104,7 @@ impl Content {
                     let n = ((unit - pos % unit) as usize).min(data.len() - at);
                     let keep_it = if whole { all } else { kept(rng) };
                     // What lies beyond the length that survived is not seen.
-                    if keep_it && pos + n as u64 <= self.length {
-                        self.write(pos, &data[at..at + n]);
-                    } else if keep_it && pos <= self.length && rng.below(2) == 0 {
+                    if keep_it && (pos + n as u64 <= self.length || (pos <= self.length && rng.below(2) == 0)) {
                         self.write(pos, &data[at..at + n]);
                     }
                     at += n;

@@ -25,7 +25,6 @@ pub(crate) struct VhdFile {
 /// What a dynamic or differencing VHD has besides.
 pub(crate) struct Dynamic {
     pub header: fmt::DynamicHeader,
-    pub header_at: u64,
     pub parent: Option<ParentRef>,
     /// Where blocks may not be.
     pub reserved: Vec<Range>,
@@ -37,6 +36,8 @@ pub(crate) struct ParentRef {
     pub id: Uuid,
     pub relative: Vec<String>,
     pub absolute: Vec<String>,
+    pub time_stamp: u32,
+    pub name: String,
 }
 
 /// One's complement of the sum of all bytes but the checksum's (which are at `field`).
@@ -162,8 +163,13 @@ fn read_dynamic(storage: &dyn Storage, footer: &fmt::Footer, length: u64) -> Res
     }
     let mut parent = None;
     if footer.disk_type.get() == fmt::TYPE_DIFFERENCING {
-        let mut p =
-            ParentRef { id: Uuid::from_bytes(header.parent_unique_id), relative: Vec::new(), absolute: Vec::new() };
+        let mut p = ParentRef {
+            id: Uuid::from_bytes(header.parent_unique_id),
+            relative: Vec::new(),
+            absolute: Vec::new(),
+            time_stamp: header.parent_time_stamp.get(),
+            name: String::new(),
+        };
         for l in &header.parent_locators {
             if l.platform_code == [0; 4] {
                 continue;
@@ -193,7 +199,7 @@ fn read_dynamic(storage: &dyn Storage, footer: &fmt::Footer, length: u64) -> Res
         }
         parent = Some(p);
     }
-    Ok(Dynamic { header, header_at, parent, reserved })
+    Ok(Dynamic { header, parent, reserved })
 }
 
 /// Cylinders, heads, sectors per track for a size ("CHS Calculation" in the specification's appendix).
@@ -330,6 +336,21 @@ pub(crate) fn create(storage: &dyn Storage, n: &NewVhd) -> Result<()> {
         at += len;
     }
     storage.write_at(&footer_bytes, end).map_err(io)?;
+    storage.sync().map_err(io)
+}
+
+/// Changes the identity of a closed image that nobody else sees yet.
+pub(crate) fn set_id(storage: &dyn Storage, id: Uuid) -> Result<()> {
+    let io = |e| Error::io(storage.path(), "write the footer")(e);
+    let length = storage.length().map_err(io)?;
+    let mut footer =
+        read_footer(storage, length.saturating_sub(512))?.map_err(|m| Error::malformed(Structure::Footer, m))?;
+    footer.unique_id = *id.as_bytes();
+    let bytes = seal_footer(&mut footer);
+    storage.write_at(&bytes, length - 512).map_err(io)?;
+    if footer.disk_type.get() != fmt::TYPE_FIXED {
+        storage.write_at(&bytes, 0).map_err(io)?;
+    }
     storage.sync().map_err(io)
 }
 

@@ -59,6 +59,7 @@ pub(crate) fn create(storage: &dyn Storage, n: &NewVhdx) -> Result<()> {
         parent: n.parent.clone(),
         extra: n.extra.clone(),
         size_at: 0,
+        disk_id_at: 0,
     };
     let region = metadata::encode(&meta)?;
     let entries = meta.bat_entries();

@@ -30,6 +30,8 @@ pub(crate) struct Metadata {
     pub extra: Vec<Item>,
     /// File offset of the virtual disk size item, which resizing changes in place (through the log).
     pub size_at: u64,
+    /// File offset of the virtual disk id item.
+    pub disk_id_at: u64,
 }
 
 /// All extra items together may take this much memory.
@@ -178,7 +180,7 @@ impl Items {
         if size == 0 || size > fmt::MAX_DISK_SIZE || size % u64::from(logical_sector) != 0 {
             return bad(format!("disk size {size}: expected a multiple of {logical_sector} up to 64 TiB"));
         }
-        let (id, _) = self.get(fmt::ITEM_VIRTUAL_DISK_ID, "virtual disk id", 16)?;
+        let (id, disk_id_at) = self.get(fmt::ITEM_VIRTUAL_DISK_ID, "virtual disk id", 16)?;
         let disk_id = Uuid::from_bytes_le(id.try_into().expect("sixteen bytes"));
         let parent = if flags & fmt::HAS_PARENT != 0 {
             let found = self.known.iter().find(|(i, _)| i.id == fmt::ITEM_PARENT_LOCATOR);
@@ -199,9 +201,49 @@ impl Items {
             physical_sector,
             parent,
             size_at,
+            disk_id_at,
             extra: self.extra,
         })
     }
+}
+
+/// Puts other data into an item without touching what is there: writes it to free space of the region, durably, and
+/// gives the 4 KiB of the table that must be changed for it to count, with their file offset.
+pub(crate) fn replace_item(storage: &dyn Storage, region: Range, id: Uuid, data: &[u8]) -> Result<(u64, Vec<u8>)> {
+    let io = |e| Error::io(storage.path(), "write a metadata item")(e);
+    let mut table = vec![0; fmt::METADATA_TABLE_SIZE];
+    storage.read_at(&mut table, region.offset).map_err(io)?;
+    let count = usize::from(u16::from_le_bytes([table[10], table[11]]));
+    let entry = |i: usize| fmt::MetadataTableEntry::read_from_bytes(&table[32 + i * 32..64 + i * 32]);
+    let mut used = Vec::new();
+    let mut found = None;
+    for i in 0..count {
+        let Ok(e) = entry(i) else { continue };
+        if Uuid::from(e.item_id) == id && e.flags.get() & fmt::METADATA_IS_USER == 0 {
+            found = Some((i, e.clone()));
+        }
+        used.push((u64::from(e.offset.get()), u64::from(e.offset.get()) + u64::from(e.length.get())));
+    }
+    let Some((index, mut e)) = found else {
+        return Err(Error::malformed(Structure::Metadata, format!("there is no item {id}")));
+    };
+    used.sort_unstable();
+    let mut at = fmt::METADATA_TABLE_SIZE as u64;
+    for (start, end) in used {
+        if at + data.len() as u64 <= start {
+            break;
+        }
+        at = at.max(end.next_multiple_of(8));
+    }
+    if at + data.len() as u64 > region.length {
+        return Err(Error::Unsupported("the metadata region is full; convert the image to a new file".into()));
+    }
+    storage.write_at(data, region.offset + at).and_then(|()| storage.sync()).map_err(io)?;
+    e.offset = (at as u32).into();
+    e.length = (data.len() as u32).into();
+    table[32 + index * 32..64 + index * 32].copy_from_slice(e.as_bytes());
+    let page = (32 + index * 32) / 4096 * 4096;
+    Ok((region.offset + page as u64, table[page..page + 4096].to_vec()))
 }
 
 /// Writes a whole metadata region (1 MiB) for a new file.
