@@ -42,12 +42,25 @@ pub enum Unit {
 /// The unit of an instruction; `None` if it is not for this module.
 pub fn unit(i: &iced_x86::Instruction) -> Option<Unit> {
     use CpuidFeature as F;
-    let vector = (0..i.op_count()).any(|n| {
-        i.op_kind(n) == OpKind::Register && {
-            let r = i.op_register(n);
-            r.is_xmm() || r.is_ymm() || r.is_mm()
-        }
-    });
+    // Conversions from memory to a general register name no vector register, and are the unit's work all the same.
+    let converts = matches!(
+        i.mnemonic(),
+        Mnemonic::Cvtss2si
+            | Mnemonic::Cvtsd2si
+            | Mnemonic::Cvttss2si
+            | Mnemonic::Cvttsd2si
+            | Mnemonic::Vcvtss2si
+            | Mnemonic::Vcvtsd2si
+            | Mnemonic::Vcvttss2si
+            | Mnemonic::Vcvttsd2si
+    );
+    let vector = converts
+        || (0..i.op_count()).any(|n| {
+            i.op_kind(n) == OpKind::Register && {
+                let r = i.op_register(n);
+                r.is_xmm() || r.is_ymm() || r.is_mm()
+            }
+        });
     match i.encoding() {
         EncodingKind::VEX => {
             let vector = vector || matches!(i.mnemonic(), Mnemonic::Vzeroupper | Mnemonic::Vzeroall);
@@ -447,5 +460,27 @@ fn fop(bytes: &[u8]) -> u16 {
     match escape {
         Some(at) if at + 1 < bytes.len() => u16::from(bytes[at] & 7) << 8 | u16::from(bytes[at + 1]),
         _ => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use iced_x86::{Decoder, DecoderOptions};
+
+    /// Found by a Debian busybox: its awk reads a number with exactly this instruction.
+    #[test]
+    fn conversions_from_memory_belong_here() {
+        for bytes in [
+            &[0xf2, 0x48, 0x0f, 0x2c, 0x44, 0x24, 0x20][..], // cvttsd2si rax, [rsp+0x20]
+            &[0xf3, 0x0f, 0x2d, 0x07],                       // cvtss2si eax, [rdi]
+        ] {
+            let i = Decoder::new(64, bytes, DecoderOptions::NONE).decode();
+            assert_eq!(unit(&i), Some(Unit::Sse), "{i}");
+        }
+        let i = Decoder::new(64, &[0xc5, 0xfb, 0x2c, 0x07], DecoderOptions::NONE).decode(); // vcvttsd2si eax, [rdi]
+        assert_eq!(unit(&i), Some(Unit::Avx), "{i}");
+        let i = Decoder::new(64, &[0x0f, 0xc3, 0x07], DecoderOptions::NONE).decode(); // movnti is a plain store
+        assert_eq!(unit(&i), None, "{i}");
     }
 }
