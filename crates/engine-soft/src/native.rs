@@ -74,7 +74,7 @@ pub fn unit(i: &iced_x86::Instruction) -> Option<Unit> {
         EncodingKind::Legacy => {
             let features = i.cpuid_features();
             let has = |list: &[F]| features.iter().any(|f| list.contains(f));
-            if has(&[F::FPU, F::FPU287, F::FPU387]) {
+            if has(&[F::FPU, F::FPU287, F::FPU387]) || i.mnemonic() == Mnemonic::Wait {
                 return Some(Unit::X87);
             }
             if i.mnemonic() == Mnemonic::Emms {

@@ -396,6 +396,24 @@ fn run_block(vp: &mut SoftVp, number: u32) -> bool {
     true
 }
 
+/// Executes one instruction without boundary rules and without delivering its exception. For tests; a fault leaves RIP on
+/// the instruction.
+pub fn try_step(vp: &mut SoftVp) -> Exec {
+    vp.s.attention.fetch_and(!attention::CODE, Ordering::AcqRel);
+    vp.decoded.current.page = 1;
+    let op = match lookup(vp)? {
+        Next::Block(number) => vp.decoded.block(number).ops,
+        Next::Single(op) => op,
+    };
+    // SAFETY: the instruction lives in the cache, which is only cleared by `lookup`.
+    let op = unsafe { &*op };
+    vp.s.next_rip = next_rip(vp, op.len);
+    vp.s.instructions += 1;
+    (op.run)(vp, op)?;
+    vp.s.rip = vp.s.next_rip;
+    Ok(())
+}
+
 /// For tests and tools: decodes the instruction at RIP, without executing it.
 pub fn decode(vp: &mut SoftVp) -> Exec<Instruction> {
     let la = code_linear(vp);

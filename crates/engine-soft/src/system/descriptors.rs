@@ -201,7 +201,7 @@ fn arpl(vp: &mut SoftVp, i: &Insn) -> Exec {
         return Ok(());
     }
     let la = operand::linear(vp, i, 2, Want::Write)?;
-    vp.probe_write(la, 2)?;
+    // The destination is written only if it changes, so that a page that cannot be written is no fault otherwise.
     let selector = vp.read_u16(la)?;
     let adjust = selector & 3 < source;
     if adjust {
