@@ -650,7 +650,8 @@ impl SoftVp {
     }
 
     fn sysexit(&mut self, wide: bool) -> Exec {
-        if self.long_mode() && self.vendor_is_amd() {
+        // The privilege level is looked at first (measured).
+        if self.long_mode() && self.vendor_is_amd() && self.s.cpl == 0 {
             return Err(Fault::UD);
         }
         let selector = self.s.sysenter[0] as u16;

@@ -211,6 +211,12 @@ fn x87_header(image: &XsaveArea, wide: bool) -> [u8; 24] {
 fn set_x87(image: &mut XsaveArea, area: &[u8], wide: bool) {
     put(image, 0, &area[..24]);
     image.0[5] = 0;
+    // Reserved bits of the control word; ES and B follow from the exceptions that are flagged and not masked.
+    let fcw = u16::from_le_bytes([area[0], area[1]]) & 0x1f3f | 0x40;
+    let fsw = u16::from_le_bytes([area[2], area[3]]) & 0x7f7f;
+    let pending = if fsw & !fcw & 0x3f != 0 { 0x8080 } else { 0 };
+    put(image, legacy::FCW, &fcw.to_le_bytes());
+    put(image, legacy::FSW, &(fsw | pending).to_le_bytes());
     if !wide {
         image.0[12..16].fill(0);
         image.0[20..24].fill(0);

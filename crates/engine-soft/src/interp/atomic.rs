@@ -76,10 +76,10 @@ pub fn cmpxchg_rr<T: Arith>(vp: &mut SoftVp, op: &Op) -> Exec {
         let new = get::<T>(vp, op.b);
         set(vp, op.a, new);
     } else {
-        // The accumulator is only written here; and on processors that write a 32-bit destination back unchanged, its
-        // upper half is cleared.
+        // The accumulator is only written here. Intel's processors write a 32-bit destination back unchanged, which clears
+        // its upper half; AMD's do not (measured).
         set(vp, 0, dest);
-        if T::BYTES == 4 {
+        if T::BYTES == 4 && vp.features.is_intel() {
             let dest = get::<T>(vp, op.a);
             set(vp, op.a, dest);
         }

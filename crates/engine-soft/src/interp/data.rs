@@ -112,6 +112,12 @@ pub fn nop(_: &mut SoftVp, _: &Op) -> Exec {
     Ok(())
 }
 
+/// LFENCE, MFENCE, SFENCE.
+pub fn fence(_: &mut SoftVp, _: &Op) -> Exec {
+    std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+    Ok(())
+}
+
 /// CBW, CWDE, CDQE: `op.size` is the destination's.
 pub fn cbw(vp: &mut SoftVp, op: &Op) -> Exec {
     let a = vp.s.gprs[gpr::RAX];
@@ -290,6 +296,9 @@ pub fn pusha(vp: &mut SoftVp, op: &Op) -> Exec {
         }
         return Ok(());
     }
+    // The first push, at the highest address, is the first that can fault.
+    let la = vp.stack_linear(-(size as i64), size, crate::segmentation::Want::Write)?;
+    vp.probe_write(la, size)?;
     let la = vp.stack_linear(-(total as i64), total as usize, crate::segmentation::Want::Write)?;
     vp.write_bytes(la, &bytes[..total as usize])?;
     vp.set_stack_pointer(vp.s.gprs[gpr::RSP].wrapping_sub(total));

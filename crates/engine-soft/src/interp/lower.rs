@@ -862,6 +862,25 @@ pub fn lower(i: &Instruction, code: CodeSize, features: &Features) -> Option<Op>
             f.op.flags |= flag::END;
             f.set(misc::undefined)?;
         }
+        M::Lfence | M::Mfence | M::Sfence => f.set(data::fence)?,
+        M::Movnti => {
+            f.op.a = f.register(1)?;
+            f.memory()?;
+            let size = f.size(1);
+            f.set(by_size!(size, T => data::mov_mr::<T>))?;
+        }
+        // AMD's PREFETCH group needs a memory operand (APM volume 3, PREFETCH).
+        M::Reservednop
+            if !features.is_intel()
+                && f.is_register(0)
+                && matches!(
+                    i.code(),
+                    Code::Reservednop_rm16_r16_0F0D | Code::Reservednop_rm32_r32_0F0D | Code::Reservednop_rm64_r64_0F0D
+                ) =>
+        {
+            f.op.flags |= flag::END;
+            f.set(misc::undefined)?;
+        }
         M::Nop
         | M::Pause
         | M::Reservednop

@@ -40,7 +40,9 @@ fn byte_mask_store(vp: &mut SoftVp, insn: &Insn) -> Exec {
             return Err(Fault::Exception { vector: x86::exception::MF, error: 0 });
         }
         let register = |r: Register| {
-            let at = x86::xsave::legacy::ST0 + 16 * r.number();
+            // Kept by their position relative to TOP.
+            let top = usize::from(xstate::get_u16(&vp.s.xsave, x86::xsave::legacy::FSW) >> 11 & 7);
+            let at = x86::xsave::legacy::ST0 + 16 * ((r.number() + 8 - top) & 7);
             let mut bytes = [0; 32];
             bytes[..8].copy_from_slice(&vp.s.xsave.0[at..at + 8]);
             bytes
@@ -57,14 +59,14 @@ fn byte_mask_store(vp: &mut SoftVp, insn: &Insn) -> Exec {
     };
     let address = vp.seg_linear(i.memory_segment().number(), offset, size, Want::Write)?;
     let selected: Vec<usize> = (0..size).filter(|n| mask[*n] & 0x80 != 0).collect();
-    for n in &selected {
-        vp.probe_write(element(vp, address, *n as u64)?, 1)?;
+    if unit == Unit::Mmx {
+        // Even if the store faults.
+        xstate::enter_mmx(&mut vp.s.xsave);
     }
+    // The whole operand must be writable, whatever the mask says (measured on AMD; the SDM leaves it open).
+    vp.probe_write(address, size)?;
     for n in &selected {
         vp.write_u8(element(vp, address, *n as u64)?, data[*n])?;
-    }
-    if unit == Unit::Mmx {
-        xstate::enter_mmx(&mut vp.s.xsave);
     }
     Ok(())
 }
@@ -89,7 +91,8 @@ fn masked_move(vp: &mut SoftVp, insn: &Insn, size: usize) -> Exec {
     let mask = xstate::ymm(&vp.s.xsave, number(mask_register));
     let selected: Vec<usize> = (0..count).filter(|n| mask[n * size + size - 1] & 0x80 != 0).collect();
     let want = if store { Want::Write } else { Want::Read };
-    let address = operand::linear(vp, insn, size, want)?;
+    // With nothing selected not even the address is looked at.
+    let address = if selected.is_empty() { 0 } else { operand::linear(vp, insn, size, want)? };
     if store {
         let data = xstate::ymm(&vp.s.xsave, number(register));
         for n in &selected {

@@ -3,9 +3,10 @@
 use crate::native::{CODE, DATA, DATA_LEN, End, Outcome, READ_ONLY, START, State, XSAVE};
 use viridian_engine_soft::interp;
 use viridian_engine_soft::partition_impl::SoftPartition;
-use viridian_engine_soft::vp::{Fault, SoftVp};
+use viridian_engine_soft::vp::{Fault, SoftVp, attention};
 use partition::{Clock, EngineOptions, Gpa, GuestMemory, PartitionConfig};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use x86::cpuid::CpuModel;
 use x86::paging::{A, D, NX, P, RW, US};
 use x86::regs::{cr0, cr4, efer};
@@ -98,7 +99,17 @@ impl Guest {
         s.xsave.0[..XSAVE].copy_from_slice(&case.xsave);
         s.xsave.0[512..576].fill(0);
         s.xsave.0[512] = 7;
-        let end = match interp::try_step(&mut self.vp) {
+        let repeats = |vp: &SoftVp| vp.s.rip == START;
+        let mut result = interp::try_step(&mut self.vp);
+        // A repetition may be interrupted between elements; no branch of the tester goes to itself.
+        while result.is_ok() && repeats(&self.vp) {
+            if self.vp.s.attention.load(Ordering::Relaxed) & attention::REQUEST != 0 {
+                SoftPartition::process_requests(&mut self.vp);
+                self.vp.s.attention.fetch_and(!attention::REQUEST, Ordering::Relaxed);
+            }
+            result = interp::try_step(&mut self.vp);
+        }
+        let end = match result {
             Ok(()) => End::Done,
             Err(Fault::Exception { vector, error }) => End::Fault(vector, error, 0),
             Err(Fault::Page { address, error }) => End::Fault(14, error, address),

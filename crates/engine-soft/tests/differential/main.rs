@@ -17,7 +17,7 @@ mod random;
 
 use forms::{Instance, Needs, excluded, instance, offered};
 use iced_x86::{Code, Mnemonic, Register, RflagsBits};
-use native::{DATA, DATA_LEN, Outcome, READ_ONLY, START, State, XSAVE};
+use native::{DATA, DATA_LEN, End, Outcome, READ_ONLY, START, State, XSAVE};
 use random::Random;
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -192,10 +192,35 @@ fn undefined_flags(i: &iced_x86::Instruction) -> u64 {
     .fold(0, |mask, (_, flag)| mask | flag)
 }
 
+/// Instructions that store or load an image of the register file, for which less can be compared.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Image {
+    Fxsave,
+    Fnsave,
+    Other,
+}
+
+fn is_image(mnemonic: Mnemonic) -> Option<Image> {
+    use Mnemonic as M;
+    Some(match mnemonic {
+        M::Fxsave | M::Fxsave64 => Image::Fxsave,
+        M::Fnsave => Image::Fnsave,
+        M::Fxrstor | M::Fxrstor64 | M::Frstor | M::Fldenv | M::Fnstenv => Image::Other,
+        _ => return None,
+    })
+}
+
+fn same_end(a: &End, b: &End, exact_cr2: bool) -> bool {
+    match (a, b) {
+        (End::Fault(14, e, x), End::Fault(14, f, y)) if !exact_cr2 => e == f && x >> 12 == y >> 12,
+        _ => a == b,
+    }
+}
+
 /// What differs, in words; empty if nothing does.
-fn compare(native: &Outcome, soft: &Outcome, undefined: u64) -> String {
+fn compare(native: &Outcome, soft: &Outcome, undefined: u64, image: Option<Image>) -> String {
     let mut out = String::new();
-    if native.end != soft.end {
+    if !same_end(&native.end, &soft.end, image.is_none()) {
         let _ = writeln!(out, "  end: native {:x?}, interpreter {:x?}", native.end, soft.end);
     }
     let names = ["rax", "rcx", "rdx", "rbx", "rsp", "rbp", "rsi", "rdi"];
@@ -220,7 +245,8 @@ fn compare(native: &Outcome, soft: &Outcome, undefined: u64) -> String {
     // FOP, FIP, FDP and MXCSR_MASK (bytes 6 to 23, 28 to 31) and the unused bytes behind each ST register are left out.
     let compared = |n: usize| match n {
         0..5 | 24..28 | 160..416 | 576.. => true,
-        32..160 => n % 16 < 10,
+        // FNSAVE empties all registers; what stays in them is nobody's business.
+        32..160 => n % 16 < 10 && image != Some(Image::Fnsave),
         _ => false,
     };
     for n in (0..XSAVE).filter(|n| compared(*n) && native.state.xsave[*n] != soft.state.xsave[*n]).take(8) {
@@ -237,7 +263,9 @@ fn compare(native: &Outcome, soft: &Outcome, undefined: u64) -> String {
             native.state.xsave[n], soft.state.xsave[n]
         );
     }
-    for n in (0..DATA_LEN).filter(|n| native.memory[*n] != soft.memory[*n]).take(8) {
+    // MXCSR_MASK is the processor's: bit 17 (misaligned SSE) is not part of the models.
+    let mask_byte = |n: usize| image == Some(Image::Fxsave) && native.memory[n] == 2 && soft.memory[n] == 0;
+    for n in (0..DATA_LEN).filter(|n| native.memory[*n] != soft.memory[*n] && !mask_byte(*n)).take(8) {
         let _ = writeln!(
             out,
             "  memory at {:#x}: native {:#x}, interpreter {:#x}",
@@ -263,10 +291,12 @@ fn round(guest: &mut guest::Guest, made: &Instance, compatibility: bool, r: &mut
     let native = native::run(&made.bytes, cases.clone(), memory.clone(), compatibility);
     guest.prepare(&made.bytes, compatibility);
     let undefined = undefined_flags(&made.instruction);
+    // Instructions that store or load an image piece by piece do so in an order of their own.
+    let image = is_image(mnemonic);
     let mut differences = Vec::new();
     for (case, native) in cases.iter().zip(&native) {
         let soft = guest.run(case, &memory);
-        let d = compare(native, &soft, undefined);
+        let d = compare(native, &soft, undefined, image);
         if !d.is_empty() {
             differences.push(format!(
                 "{}({:02x?})\n{d}  before: gprs {:x?} rflags {:#x} fcw {:02x?} mxcsr {:02x?}, native {:x?}",
@@ -341,7 +371,7 @@ fn every_form_behaves_as_on_the_host() {
             differences += found.len() as u64;
             if let Some(first) = found.first() {
                 shown += 1;
-                if shown <= 40 && c.differences <= 2 * STATES as u64 {
+                if c.differences <= STATES as u64 {
                     println!("DIFFERENCE {code:?} (pass {pass}, {} of {STATES} states): {first}", found.len());
                 }
             }
