@@ -54,7 +54,7 @@ pub fn tables(processors: u32) -> Tables {
     xsdt.add_entry(fadt_at);
     xsdt.add_entry(madt_at);
     let xsdt_at = place("XSDT", bytes_of(&xsdt));
-    assert!(next <= layout::TABLES.end, "64 processors need less than a tenth of the place");
+    assert!(next <= crate::smbios::ENTRY_POINT, "64 processors need less than a tenth of the place");
     tables.insert(0, (rsdp_at, "RSDP", bytes_of(&Rsdp::new(OEM, xsdt_at))));
     Tables { rsdp: rsdp_at, tables }
 }

@@ -4,7 +4,7 @@
 //! their threads, and saves and restores the whole.
 //!
 //! * [`config`]: what a machine is made from; [`layout`]: where things are in its address space;
-//! * [`board`]: which devices it has; [`acpi`]: the tables that describe them;
+//! * [`board`]: which devices it has; [`acpi`], [`smbios`]: the tables that describe them;
 //! * [`boot`]: loaders (Linux bzImage, PVH, ELF, flat images) and the state in which a VP enters them;
 //! * [`bus`], [`exits`]: the way of an access from a VP to its device;
 //! * [`hyperv`]: Hyper-V's interface for guests;
@@ -26,6 +26,7 @@ pub mod layout;
 pub mod machine;
 pub mod processor;
 pub mod save;
+pub mod smbios;
 pub mod vcpu;
 
 pub use config::{BootSource, MachineConfig};

@@ -9,6 +9,7 @@ use crate::dump;
 use crate::exits::{Exits, GuestInterface};
 use crate::layout;
 use crate::save::{self, Header, SaveError};
+use crate::smbios;
 use crate::vcpu::{Stopper, Vcpus, VpStop};
 use chipset::debug_port::DebugSink;
 use chipset::pm::PowerManagement;
@@ -261,6 +262,7 @@ impl Machine {
     /// Loads firmware tables and the guest's image, and sets all VPs to their start. The machine must be stopped.
     pub fn boot(&self) -> Result<(), MachineError> {
         self.tables.write(&self.memory)?;
+        smbios::write(&self.memory, self.config.memory_bytes)?;
         for vp in 0..self.config.processors {
             let signature = self.cpuid[vp as usize].get(1, 0).eax;
             let mut state = VpState::reset(vp, signature);
