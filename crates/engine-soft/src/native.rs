@@ -65,10 +65,12 @@ pub fn unit(i: &iced_x86::Instruction) -> Option<Unit> {
         EncodingKind::VEX => {
             let vector = vector || matches!(i.mnemonic(), Mnemonic::Vzeroupper | Mnemonic::Vzeroall);
             // The mask instructions of AVX-512 are VEX-encoded too; no model offers them.
-            let offered = i
-                .cpuid_features()
-                .iter()
-                .all(|f| matches!(f, F::AVX | F::AVX2 | F::FMA | F::F16C | F::AES | F::PCLMULQDQ | F::VAES | F::VPCLMULQDQ | F::GFNI));
+            let offered = i.cpuid_features().iter().all(|f| {
+                matches!(
+                    f,
+                    F::AVX | F::AVX2 | F::FMA | F::F16C | F::AES | F::PCLMULQDQ | F::VAES | F::VPCLMULQDQ | F::GFNI
+                )
+            });
             (vector && offered).then_some(Unit::Avx)
         }
         EncodingKind::Legacy => {
@@ -386,6 +388,15 @@ fn execute(vp: &mut SoftVp, insn: &Insn) -> Exec {
     let mut address = 0;
     if let Some(m) = &stub.memory {
         let want = if m.write { Want::Write } else { Want::Read };
+        if m.aligned && vp.s.code_size == CodeSize::Bits64 {
+            // Alignment comes before the canonical form.
+            let (segment, offset) = operand::effective_address(vp, insn);
+            if vp.s.segments[segment].base.wrapping_add(offset) & (m.size as u64 - 1) != 0
+                && (segment >= x86::segment::sreg::FS || offset & (m.size as u64 - 1) != 0)
+            {
+                return Err(Fault::GP0);
+            }
+        }
         address = operand::linear(vp, insn, m.size, want)?;
         if m.aligned && address & (m.size as u64 - 1) != 0 {
             return Err(Fault::GP0);

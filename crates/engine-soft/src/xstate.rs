@@ -251,6 +251,8 @@ fn fxsave(vp: &mut SoftVp, insn: &Insn) -> Exec {
     area[..24].copy_from_slice(&x87_header(image, wide));
     area[24..xmm_end].copy_from_slice(&image.0[24..xmm_end]);
     area[legacy::MXCSR_MASK..legacy::ST0].copy_from_slice(&xsave::MXCSR_MASK.to_le_bytes());
+    // All 512 bytes must be writable, those that stay as they are too.
+    vp.probe_write(address, xsave::LEGACY_SIZE)?;
     vp.write_bytes(address, &area[..xmm_end])
 }
 

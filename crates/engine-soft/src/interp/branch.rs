@@ -41,6 +41,11 @@ pub fn call<const LONG: bool>(vp: &mut SoftVp, op: &Op) -> Exec {
 #[inline(always)]
 fn call_to<const LONG: bool>(vp: &mut SoftVp, op: &Op, back: u64, target: u64) -> Exec {
     if LONG {
+        if !is_canonical(target) {
+            // The stack is looked at first.
+            let la = vp.stack_linear(-8, 8, crate::segmentation::Want::Write)?;
+            vp.probe_write(la, 8)?;
+        }
         jump64(vp, target)?;
         push64(vp, back)
     } else {

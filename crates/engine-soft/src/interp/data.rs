@@ -271,50 +271,26 @@ pub fn pop_m(vp: &mut SoftVp, op: &Op) -> Exec {
     store_sized(vp, op, op.size, v).inspect_err(|_| vp.s.gprs[gpr::RSP] = rsp)
 }
 
-/// PUSHA.
+/// PUSHA. A fault in the middle leaves what has been written below the stack pointer, as the hardware does.
 pub fn pusha(vp: &mut SoftVp, op: &Op) -> Exec {
-    let size = usize::from(op.size);
-    // Written as one, so that a fault leaves nothing pushed. In ascending order: DI first.
-    let mut bytes = [0u8; 32];
+    let old = vp.s.gprs[gpr::RSP];
     for n in 0..8 {
-        let v = vp.s.gprs[7 - n].to_le_bytes();
-        bytes[n * size..][..size].copy_from_slice(&v[..size]);
-    }
-    let mask = vp.stack_mask();
-    let sp = vp.s.gprs[gpr::RSP] & mask;
-    let total = 8 * size as u64;
-    if sp < total && sp != 0 && mask == 0xffff {
-        // Wraps around inside the stack: piece by piece, after a check of all.
-        for n in 0..8i64 {
-            vp.stack_linear(-(n + 1) * size as i64, size, crate::segmentation::Want::Write)
-                .and_then(|la| vp.probe_write(la, size))?;
+        let v = if n == gpr::RSP { old } else { vp.s.gprs[n] };
+        if let Err(fault) = vp.push(v, op.size.into()) {
+            vp.s.gprs[gpr::RSP] = old;
+            return Err(fault);
         }
-        let old = vp.s.gprs[gpr::RSP];
-        for n in 0..8usize {
-            let v = if n == gpr::RSP { old } else { vp.s.gprs[n] };
-            vp.push(v, size)?;
-        }
-        return Ok(());
     }
-    // The first push, at the highest address, is the first that can fault.
-    let la = vp.stack_linear(-(size as i64), size, crate::segmentation::Want::Write)?;
-    vp.probe_write(la, size)?;
-    let la = vp.stack_linear(-(total as i64), total as usize, crate::segmentation::Want::Write)?;
-    vp.write_bytes(la, &bytes[..total as usize])?;
-    vp.set_stack_pointer(vp.s.gprs[gpr::RSP].wrapping_sub(total));
     Ok(())
 }
-/// POPA.
+/// POPA. A fault in the middle leaves the registers that have been read, as AMD's hardware does (measured).
 pub fn popa(vp: &mut SoftVp, op: &Op) -> Exec {
     let size = i64::from(op.size);
-    let mut values = [0; 8];
     for n in 0..8 {
         // In ascending order: DI first; SP's is read and dropped.
-        values[7 - n] = vp.stack_read(n as i64 * size, size as usize)?;
-    }
-    for (n, v) in values.into_iter().enumerate() {
-        if n != gpr::RSP {
-            set_sized(vp, n as u8 * 8, op.size, v);
+        let v = vp.stack_read(n as i64 * size, size as usize)?;
+        if 7 - n != gpr::RSP {
+            set_sized(vp, (7 - n) as u8 * 8, op.size, v);
         }
     }
     vp.commit_rsp(8 * size as u64);

@@ -279,10 +279,11 @@ pub fn cmps<T: Arith>(vp: &mut SoftVp, op: &Op) -> Exec {
 
 /// INS.
 pub fn ins<T: Int>(vp: &mut SoftVp, op: &Op) -> Exec {
+    // Refused even if nothing is to be moved.
+    vp.check_io(vp.s.gprs[gpr::RDX] as u16, T::BYTES)?;
     repeat(vp, op, |vp, op, _| {
         let to = destination(Want::Write);
         let port = vp.s.gprs[gpr::RDX] as u16;
-        vp.check_io(port, T::BYTES)?;
         let la = to.linear(vp, op, T::BYTES)?;
         // The device must not be asked if the value has no place to go.
         vp.probe_write(la, T::BYTES)?;
@@ -296,10 +297,11 @@ pub fn ins<T: Int>(vp: &mut SoftVp, op: &Op) -> Exec {
 
 /// OUTS.
 pub fn outs<T: Int>(vp: &mut SoftVp, op: &Op) -> Exec {
+    // Refused even if nothing is to be moved.
+    vp.check_io(vp.s.gprs[gpr::RDX] as u16, T::BYTES)?;
     repeat(vp, op, |vp, op, _| {
         let from = source(op);
         let port = vp.s.gprs[gpr::RDX] as u16;
-        vp.check_io(port, T::BYTES)?;
         let la = from.linear(vp, op, T::BYTES)?;
         let v = read_linear(vp, la, T::BYTES)?;
         vp.exits().io_write(vp.index, port, &v.to_le_bytes()[..T::BYTES]);

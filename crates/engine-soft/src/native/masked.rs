@@ -14,6 +14,7 @@ pub fn handler(i: &iced_x86::Instruction) -> Option<Handler> {
     use Mnemonic as M;
     unit(i)?;
     Some(match i.mnemonic() {
+        M::Vzeroupper | M::Vzeroall => zero_vectors,
         M::Maskmovq | M::Maskmovdqu | M::Vmaskmovdqu => byte_mask_store,
         M::Vmaskmovps | M::Vpmaskmovd => |vp, i| masked_move(vp, i, 4),
         M::Vmaskmovpd | M::Vpmaskmovq => |vp, i| masked_move(vp, i, 8),
@@ -23,6 +24,18 @@ pub fn handler(i: &iced_x86::Instruction) -> Option<Handler> {
         M::Vgatherqpd | M::Vpgatherqq => |vp, i| gather(vp, i, 8, 8),
         _ => return None,
     })
+}
+
+/// VZEROUPPER, VZEROALL: of the registers that the mode has.
+fn zero_vectors(vp: &mut SoftVp, insn: &Insn) -> Exec {
+    check_available(vp, Unit::Avx)?;
+    let count = if vp.s.code_size == CodeSize::Bits64 { 16 } else { 8 };
+    for n in 0..count {
+        let mut v = xstate::ymm(&vp.s.xsave, n);
+        v[if insn.iced.mnemonic() == Mnemonic::Vzeroall { 0 } else { 16 }..].fill(0);
+        xstate::set_ymm(&mut vp.s.xsave, n, &v);
+    }
+    Ok(())
 }
 
 /// Number of an XMM or YMM register.

@@ -2,10 +2,10 @@
 
 use crate::native::{CODE, DATA, READ_ONLY, START};
 use crate::random::Random;
+use iced_x86::{Code, Encoder, Instruction, Mnemonic, OpCodeOperandKind as K, OpKind, Register};
 use viridian_engine_soft::code::CodeReader;
 use viridian_engine_soft::features::Features;
 use viridian_engine_soft::vp::CodeSize;
-use iced_x86::{Code, Encoder, Instruction, Mnemonic, OpCodeOperandKind as K, OpKind, Register};
 
 /// Why a form of the model is not compared with the host.
 pub fn excluded(code: Code) -> Option<&'static str> {
@@ -16,14 +16,18 @@ pub fn excluded(code: Code) -> Option<&'static str> {
     }
     Some(match code.mnemonic() {
         M::Syscall | M::Sysenter | M::Int | M::Int1 | M::Int3 | M::Into => "would call the host's kernel",
-        M::Cpuid | M::Rdtsc | M::Rdtscp | M::Rdpmc | M::Rdpid | M::Xgetbv => "reads what the host has and the guest not",
+        M::Cpuid | M::Rdtsc | M::Rdtscp | M::Rdpmc | M::Rdpid | M::Xgetbv => {
+            "reads what the host has and the guest not"
+        }
         M::Rdrand | M::Rdseed => "random by definition",
         M::Rdfsbase | M::Rdgsbase | M::Wrfsbase | M::Wrgsbase => "FS and GS are the tester's own",
         M::Sgdt | M::Sidt | M::Sldt | M::Str | M::Smsw => "the host's kernel emulates it (UMIP)",
         M::Verr | M::Verw | M::Lar | M::Lsl => "reads the host's descriptor tables",
         M::Lds | M::Les | M::Lfs | M::Lgs | M::Lss => "loads a segment from the host's own tables",
         M::Retf | M::Iret | M::Iretd | M::Iretq => "loads a segment from the host's own tables",
-        M::Jmp | M::Call if name.contains("_m16") || name.contains("ptr") => "loads a segment from the host's own tables",
+        M::Jmp | M::Call if name.contains("_m16") || name.contains("ptr") => {
+            "loads a segment from the host's own tables"
+        }
         M::Xsave | M::Xsave64 | M::Xsaveopt | M::Xsaveopt64 | M::Xsavec | M::Xsavec64 | M::Xrstor | M::Xrstor64 => {
             "the host has more state components than the model (compared by their own test)"
         }
@@ -59,8 +63,22 @@ fn gpr(r: &mut Random, size: usize, limit: u64) -> Register {
         1 if r.below(4) == 0 => [R::AH, R::CH, R::DH, R::BH][r.below(4) as usize],
         1 if limit == 8 => [R::AL, R::CL, R::DL, R::BL][r.below(4) as usize],
         1 => [
-            R::AL, R::CL, R::DL, R::BL, R::SPL, R::BPL, R::SIL, R::DIL, R::R8L, R::R9L, R::R10L, R::R11L, R::R12L,
-            R::R13L, R::R14L, R::R15L,
+            R::AL,
+            R::CL,
+            R::DL,
+            R::BL,
+            R::SPL,
+            R::BPL,
+            R::SIL,
+            R::DIL,
+            R::R8L,
+            R::R9L,
+            R::R10L,
+            R::R11L,
+            R::R12L,
+            R::R13L,
+            R::R14L,
+            R::R15L,
         ][n],
         2 => R::AX + n as u32,
         4 => R::EAX + n as u32,
@@ -88,8 +106,7 @@ pub fn instance(code: Code, compatibility: bool, features: &Features, r: &mut Ra
         let mut memory = |i: &mut Instruction, r: &mut Random, vsib: Option<Register>| {
             i.set_op_kind(n, OpKind::Memory);
             address(i, r, compatibility, vsib);
-            needs.memory =
-                Some((i.memory_base(), i.memory_index(), i.memory_index_scale(), i.memory_displacement64()));
+            needs.memory = Some((i.memory_base(), i.memory_index(), i.memory_index_scale(), i.memory_displacement64()));
         };
         let either = r.below(2) == 0;
         let small = r.below(regs) as u32;
@@ -102,7 +119,13 @@ pub fn instance(code: Code, compatibility: bool, features: &Features, r: &mut Ra
                 let element = if matches!(kind, K::mem_vsib32x | K::mem_vsib32y) { 4 } else { 8 };
                 needs.vsib = Some((small as usize, element));
             }
-            K::r8_or_mem | K::r16_or_mem | K::r32_or_mem | K::r64_or_mem | K::mm_or_mem | K::xmm_or_mem | K::ymm_or_mem
+            K::r8_or_mem
+            | K::r16_or_mem
+            | K::r32_or_mem
+            | K::r64_or_mem
+            | K::mm_or_mem
+            | K::xmm_or_mem
+            | K::ymm_or_mem
                 if either =>
             {
                 memory(&mut i, r, None);

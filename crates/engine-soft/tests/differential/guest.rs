@@ -1,12 +1,12 @@
 //! Executes the same instructions on the software processor.
 
 use crate::native::{CODE, DATA, DATA_LEN, End, Outcome, READ_ONLY, START, State, XSAVE};
-use viridian_engine_soft::interp;
-use viridian_engine_soft::partition_impl::SoftPartition;
-use viridian_engine_soft::vp::{Fault, SoftVp, attention};
 use partition::{Clock, EngineOptions, Gpa, GuestMemory, PartitionConfig};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use viridian_engine_soft::interp;
+use viridian_engine_soft::partition_impl::SoftPartition;
+use viridian_engine_soft::vp::{Fault, SoftVp, attention};
 use x86::cpuid::CpuModel;
 use x86::paging::{A, D, NX, P, RW, US};
 use x86::regs::{cr0, cr4, efer};
@@ -83,8 +83,7 @@ impl Guest {
         bytes[..code.len()].copy_from_slice(code);
         self.memory.write(Gpa(CODE_GPA + START - CODE), &bytes).expect("RAM");
         let s = &mut *self.vp.s;
-        s.segments[sreg::CS] =
-            if compatibility { flat(0x23, true, false) } else { flat(0x33, true, true) };
+        s.segments[sreg::CS] = if compatibility { flat(0x23, true, false) } else { flat(0x33, true, true) };
         self.vp.activity = partition::Activity::Running;
         self.vp.state_loaded();
     }

@@ -200,6 +200,13 @@ enum Image {
     Other,
 }
 
+/// LDMXCSR or FXRSTOR with bit 17 set: the host has misaligned SSE, which is not part of the models.
+fn host_extension(mnemonic: Mnemonic, native: &Outcome, soft: &Outcome) -> bool {
+    matches!(mnemonic, Mnemonic::Ldmxcsr | Mnemonic::Vldmxcsr | Mnemonic::Fxrstor | Mnemonic::Fxrstor64)
+        && native.state.xsave[26] & 2 != 0
+        && soft.end == End::Fault(13, 0, 0)
+}
+
 fn is_image(mnemonic: Mnemonic) -> Option<Image> {
     use Mnemonic as M;
     Some(match mnemonic {
@@ -212,7 +219,10 @@ fn is_image(mnemonic: Mnemonic) -> Option<Image> {
 
 fn same_end(a: &End, b: &End, exact_cr2: bool) -> bool {
     match (a, b) {
-        (End::Fault(14, e, x), End::Fault(14, f, y)) if !exact_cr2 => e == f && x >> 12 == y >> 12,
+        // In another order, another page may come first.
+        (End::Fault(14, ..), End::Fault(14, ..)) if !exact_cr2 => true,
+        // The upper half is the host's kernel, which is present; the guest has nothing there.
+        (End::Fault(14, e, x), End::Fault(14, f, y)) if x >> 63 != 0 => x == y && e | 1 == f | 1,
         _ => a == b,
     }
 }
@@ -297,7 +307,7 @@ fn round(guest: &mut guest::Guest, made: &Instance, compatibility: bool, r: &mut
     for (case, native) in cases.iter().zip(&native) {
         let soft = guest.run(case, &memory);
         let d = compare(native, &soft, undefined, image);
-        if !d.is_empty() {
+        if !d.is_empty() && !host_extension(mnemonic, native, &soft) {
             differences.push(format!(
                 "{}({:02x?})\n{d}  before: gprs {:x?} rflags {:#x} fcw {:02x?} mxcsr {:02x?}, native {:x?}",
                 made.instruction,
@@ -404,7 +414,12 @@ fn every_form_behaves_as_on_the_host() {
     }
     println!("executions {executions}, passes {}, differences {differences}", pass + 1);
     for (code, c) in coverage.iter().filter(|(_, c)| c.differences > 0) {
-        println!("{:?}: {} of {} executions differ", Code::values().nth(*code).unwrap_or_default(), c.differences, c.executions);
+        println!(
+            "{:?}: {} of {} executions differ",
+            Code::values().nth(*code).unwrap_or_default(),
+            c.differences,
+            c.executions
+        );
     }
     assert_eq!(differences, 0, "seed {seed:#x}");
     if only.is_none() {

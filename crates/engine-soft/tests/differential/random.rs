@@ -37,8 +37,23 @@ impl Random {
     pub fn float(&mut self) -> u32 {
         let v = self.next();
         match self.below(6) {
-            0 => [0, 0x8000_0000, 0x3f80_0000, 0xbf80_0000, 0x7f80_0000, 0xff80_0000, 0x7fc0_0000, 0x7f80_0001, 1,
-                0x8000_0001, 0x007f_ffff, 0x0080_0000, 0x7f7f_ffff, 0x4f00_0000, 0xcf00_0000][(v % 15) as usize],
+            0 => [
+                0,
+                0x8000_0000,
+                0x3f80_0000,
+                0xbf80_0000,
+                0x7f80_0000,
+                0xff80_0000,
+                0x7fc0_0000,
+                0x7f80_0001,
+                1,
+                0x8000_0001,
+                0x007f_ffff,
+                0x0080_0000,
+                0x7f7f_ffff,
+                0x4f00_0000,
+                0xcf00_0000,
+            ][(v % 15) as usize],
             1 => ((v % 2000) as f32 - 1000.0).to_bits(),
             2 => ((v as i32) as f32 / 65536.0).to_bits(),
             _ => v as u32,
