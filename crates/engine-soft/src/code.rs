@@ -408,7 +408,7 @@ impl<'a> CodeReader<'a> {
     }
 
     /// Decodes the next instruction; `None` if the bytes end inside it.
-    pub fn next(&mut self) -> Option<Decoded> {
+    pub fn decode(&mut self) -> Option<Decoded> {
         let start = self.decoder.position();
         self.decoder.set_ip(0);
         let iced = self.decoder.decode();

@@ -164,7 +164,7 @@ fn decode_block(vp: &mut SoftVp, la: u64) -> Exec<Next> {
     let mut count = 0;
     let mut end = 0;
     while count < BLOCK_MAX {
-        let Some(d) = reader.next() else { break };
+        let Some(d) = reader.decode() else { break };
         end = reader.position();
         let op = vp.decoded.digest(&d, size, &vp.features);
         ops[count].write(op);
@@ -192,7 +192,7 @@ fn decode_single(vp: &mut SoftVp, la: u64) -> Exec<Next> {
     fetch(vp, current.host, current.gpa | la & PAGE_MASK, &mut bytes[..first]);
     let size = vp.s.code_size;
     let mut have = first;
-    if in_page < allowed && CodeReader::new(&bytes[..first], size, &vp.features).next().is_none() {
+    if in_page < allowed && CodeReader::new(&bytes[..first], size, &vp.features).decode().is_none() {
         let next = la.wrapping_add(in_page as u64);
         let next = if size == CodeSize::Bits64 { next } else { next & 0xffff_ffff };
         if size == CodeSize::Bits64 && !is_canonical(next) {
@@ -202,7 +202,7 @@ fn decode_single(vp: &mut SoftVp, la: u64) -> Exec<Next> {
         fetch(vp, page.host, page.gpa, &mut bytes[first..allowed]);
         have = allowed;
     }
-    let Some(d) = CodeReader::new(&bytes[..have], size, &vp.features).next() else {
+    let Some(d) = CodeReader::new(&bytes[..have], size, &vp.features).decode() else {
         // More than 15 bytes, or the code segment ends inside the instruction.
         return Err(Fault::GP0);
     };
@@ -425,12 +425,12 @@ pub fn decode(vp: &mut SoftVp) -> Exec<Instruction> {
     let in_page = ((PAGE_SIZE - (la & PAGE_MASK)) as usize).min(allowed);
     fetch(vp, current.host, current.gpa | la & PAGE_MASK, &mut bytes[..in_page]);
     let mut have = in_page;
-    if in_page < allowed {
-        if let Ok(page) = vp.fetch_page(la.wrapping_add(in_page as u64)) {
-            fetch(vp, page.host, page.gpa, &mut bytes[in_page..allowed]);
-            have = allowed;
-        }
+    if in_page < allowed
+        && let Ok(page) = vp.fetch_page(la.wrapping_add(in_page as u64))
+    {
+        fetch(vp, page.host, page.gpa, &mut bytes[in_page..allowed]);
+        have = allowed;
     }
-    let d = CodeReader::new(&bytes[..have], vp.s.code_size, &vp.features).next().ok_or(Fault::GP0)?;
+    let d = CodeReader::new(&bytes[..have], vp.s.code_size, &vp.features).decode().ok_or(Fault::GP0)?;
     Ok(d.iced)
 }

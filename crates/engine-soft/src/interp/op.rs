@@ -234,10 +234,10 @@ fn poke<T: Int>(p: *mut u8, v: T) {
 /// Reads the memory operand.
 #[inline(always)]
 pub fn load<T: Int>(vp: &mut SoftVp, op: &Op) -> Exec<T> {
-    if op.mem & CHECKED == 0 {
-        if let Some(p) = hit::<false>(vp, plain(vp, op), T::BYTES) {
-            return Ok(peek(p));
-        }
+    if op.mem & CHECKED == 0
+        && let Some(p) = hit::<false>(vp, plain(vp, op), T::BYTES)
+    {
+        return Ok(peek(p));
     }
     load_slow(vp, op, T::BYTES).map(T::from_u64)
 }
@@ -274,11 +274,11 @@ pub fn write_linear(vp: &mut SoftVp, la: u64, size: usize, value: u64) -> Exec {
 /// Writes the memory operand.
 #[inline(always)]
 pub fn store<T: Int>(vp: &mut SoftVp, op: &Op, value: T) -> Exec {
-    if op.mem & CHECKED == 0 {
-        if let Some(p) = hit::<true>(vp, plain(vp, op), T::BYTES) {
-            poke(p, value);
-            return Ok(());
-        }
+    if op.mem & CHECKED == 0
+        && let Some(p) = hit::<true>(vp, plain(vp, op), T::BYTES)
+    {
+        poke(p, value);
+        return Ok(());
     }
     store_slow(vp, op, T::BYTES, value.to_u64())
 }
@@ -324,10 +324,10 @@ pub enum Place {
 /// Finds the place of a read-modify-write of the memory operand, `displacement` bytes from it (bit strings).
 #[inline(always)]
 pub fn place(vp: &mut SoftVp, op: &Op, displacement: u64, size: usize) -> Exec<Place> {
-    if op.mem & CHECKED == 0 {
-        if let Some(p) = hit::<true>(vp, plain(vp, op).wrapping_add(displacement), size) {
-            return Ok(Place::Host(p));
-        }
+    if op.mem & CHECKED == 0
+        && let Some(p) = hit::<true>(vp, plain(vp, op).wrapping_add(displacement), size)
+    {
+        return Ok(Place::Host(p));
     }
     place_slow(vp, op, displacement, size)
 }

@@ -260,7 +260,7 @@ pub fn instance(code: Code, compatibility: bool, features: &Features, r: &mut Ra
     let size = if compatibility { CodeSize::Bits32 } else { CodeSize::Bits64 };
     let mut padded = bytes.clone();
     padded.resize(15, 0xcc);
-    let decoded = CodeReader::new(&padded, size, features).next()?;
+    let decoded = CodeReader::new(&padded, size, features).decode()?;
     if decoded.undefined || decoded.iced.code() != code {
         return None;
     }

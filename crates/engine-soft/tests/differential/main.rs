@@ -346,7 +346,6 @@ fn every_form_behaves_as_on_the_host() {
     let forms: Vec<Code> = Code::values().filter(|c| offered(*c, &features)).collect();
     let mut coverage: BTreeMap<usize, Coverage> = BTreeMap::new();
     let mut left_out: BTreeMap<&str, Vec<Code>> = BTreeMap::new();
-    let mut shown = 0;
     let mut executions = 0;
     let mut differences = 0;
     let mut pass = 0u64;
@@ -380,7 +379,6 @@ fn every_form_behaves_as_on_the_host() {
             c.differences += found.len() as u64;
             differences += found.len() as u64;
             if let Some(first) = found.first() {
-                shown += 1;
                 if c.differences <= STATES as u64 {
                     println!("DIFFERENCE {code:?} (pass {pass}, {} of {STATES} states): {first}", found.len());
                 }
