@@ -10,7 +10,7 @@ use partition::{
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
-use x86::cpuid::CpuModel;
+use x86::cpuid::{CpuModel, CpuidTable};
 use x86::paging::{P, PS, RW, US};
 use x86::regs::{cr0, cr4, efer, gpr, rflags};
 use x86::segment::{Segment, TableRegister, attr, sreg};
@@ -18,6 +18,8 @@ use x86::segment::{Segment, TableRegister, attr, sreg};
 pub const RAM: u64 = 16 << 20;
 pub const PML4: u64 = 0x1000;
 pub const PDPT: u64 = 0x2000;
+/// Page directories, four of them.
+pub const PD: u64 = 0xa000;
 pub const GDT: u64 = 0x5000;
 pub const IDT: u64 = 0x6000;
 /// Where code goes.
@@ -46,6 +48,8 @@ pub struct Board {
     pub hypercalls: AtomicU64,
     pub partition: Mutex<Option<std::sync::Weak<dyn Partition>>>,
     pub finished: AtomicBool,
+    /// The VP is kicked, from inside the exit, when the log has this many entries (0: never).
+    pub kick_at: AtomicU64,
 }
 
 fn value(data: &[u8]) -> u64 {
@@ -73,7 +77,15 @@ impl VpExits for Board {
     fn io_write(&self, vp: VpIndex, port: u16, data: &[u8]) {
         match port {
             PORT_DONE => self.finish(value(data) as u32),
-            PORT_LOG => self.log.lock().unwrap().push((vp, value(data) as u32)),
+            PORT_LOG => {
+                let mut log = self.log.lock().unwrap();
+                log.push((vp, value(data) as u32));
+                if log.len() as u64 == self.kick_at.load(Ordering::SeqCst) {
+                    if let Some(p) = self.partition.lock().unwrap().as_ref().and_then(std::sync::Weak::upgrade) {
+                        p.kick(vp);
+                    }
+                }
+            }
             _ => {}
         }
     }
@@ -139,13 +151,20 @@ impl Bench {
     }
 
     pub fn with_memory(engine: &dyn Engine, model: &str, vps: u32, memory: Arc<GuestMemory>) -> Self {
-        let clock = Arc::new(Clock::new());
         let model = CpuModel::by_name(model).unwrap();
+        let hz = Clock::new().tsc_frequency_hz();
+        Self::with_tables(engine, (0..vps).map(|n| model.table(n, vps, hz)).collect(), memory)
+    }
+
+    pub fn with_tables(engine: &dyn Engine, cpuid: Vec<CpuidTable>, memory: Arc<GuestMemory>) -> Self {
+        let clock = Arc::new(Clock::new());
+        let signature = cpuid[0].get(1, 0).eax;
+        let vps = cpuid.len() as u32;
         let config = PartitionConfig {
             vp_count: vps,
             memory: memory.clone(),
             clock: clock.clone(),
-            cpuid: (0..vps).map(|n| model.table(n, vps, clock.tsc_frequency_hz())).collect(),
+            cpuid,
             msr_exits: vec![0x4000_0000..=0x4000_1fff],
             hypercall_port: Some(PORT_HYPERCALL),
             options: EngineOptions::default(),
@@ -154,16 +173,19 @@ impl Bench {
         let board = Arc::new(Board::default());
         *board.partition.lock().unwrap() = Some(Arc::downgrade(&partition));
         let vps = (0..vps).map(|n| partition.take_vp(n).unwrap()).collect();
-        let bench = Self { memory, clock, partition, board, vps, signature: model.signature() };
+        let bench = Self { memory, clock, partition, board, vps, signature };
         bench.tables();
         bench
     }
 
-    /// Identity page tables (the first 4 GiB in 1 GiB pages), a GDT, an empty IDT.
+    /// Identity page tables (the first 4 GiB in 2 MiB pages), a GDT, an empty IDT.
     fn tables(&self) {
         self.memory.write_plain(Gpa(PML4), &(PDPT | P | RW | US)).unwrap();
         for i in 0..4u64 {
-            self.memory.write_plain(Gpa(PDPT + 8 * i), &(i << 30 | P | RW | US | PS)).unwrap();
+            self.memory.write_plain(Gpa(PDPT + 8 * i), &(PD + i * 0x1000 | P | RW | US)).unwrap();
+        }
+        for i in 0..2048u64 {
+            self.memory.write_plain(Gpa(PD + 8 * i), &(i << 21 | P | RW | US | PS)).unwrap();
         }
         for (i, d) in [0u64, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff].into_iter().enumerate() {
             self.memory.write_plain(Gpa(GDT + 8 * i as u64), &d).unwrap();
