@@ -383,7 +383,7 @@ impl CpuModel {
         }
         t.set(0x8000_0007, None, CpuidResult::default());
         let shift = vp_count.next_power_of_two().trailing_zeros();
-        let ecx = if amd { vp_count - 1 | shift << 12 } else { 0 };
+        let ecx = if amd { (vp_count - 1) | shift << 12 } else { 0 };
         let eax = PHYSICAL_ADDRESS_BITS | LINEAR_ADDRESS_BITS << 8;
         t.set(0x8000_0008, None, CpuidResult { eax, ebx: 0, ecx, edx: 0 });
         if amd {
