@@ -78,10 +78,10 @@ struct Observer(Weak<KvmPartition>);
 
 impl MemoryObserver for Observer {
     fn mapping_changed(&self, gpa: Gpa, len: u64) {
-        if let Some(p) = self.0.upgrade() {
-            if let Err(error) = p.lock_slots().update(&p.vm, &p.memory) {
-                tracing::error!(%gpa, len, %error, "KVM does not take the new memory mapping");
-            }
+        if let Some(p) = self.0.upgrade()
+            && let Err(error) = p.lock_slots().update(&p.vm, &p.memory)
+        {
+            tracing::error!(%gpa, len, %error, "KVM does not take the new memory mapping");
         }
     }
     fn code_written(&self, _: Gpa, _: u64) {

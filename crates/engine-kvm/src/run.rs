@@ -147,14 +147,14 @@ impl KvmVp {
         let wanted = self.partition.extint.load(Ordering::SeqCst);
         // SAFETY: fields of the live mapping.
         let ready = self.field(|r| unsafe { &raw mut (*r).ready_for_interrupt_injection }) != 0;
-        if wanted && ready {
-            if let Some(vector) = exits.acknowledge_extint(self.index) {
-                sys::interrupt(&self.fd, vector)
-                    .map_err(|source| EngineError::Host { call: "KVM_INTERRUPT", source })?;
-                // One at a time.
-                // SAFETY: as above.
-                unsafe { (&raw mut (*self.run.as_ptr()).ready_for_interrupt_injection).write_volatile(0) };
-            }
+        if wanted
+            && ready
+            && let Some(vector) = exits.acknowledge_extint(self.index)
+        {
+            sys::interrupt(&self.fd, vector).map_err(|source| EngineError::Host { call: "KVM_INTERRUPT", source })?;
+            // One at a time.
+            // SAFETY: as above.
+            unsafe { (&raw mut (*self.run.as_ptr()).ready_for_interrupt_injection).write_volatile(0) };
         }
         let more = self.partition.extint.load(Ordering::SeqCst);
         // SAFETY: as above.
@@ -256,10 +256,8 @@ impl KvmVp {
     fn settle(&mut self, exits: &dyn VpExits) -> Result<bool, EngineError> {
         for _ in 0..MAX_COMPLETIONS {
             self.set_immediate_exit(true);
-            let before = self.partition.shared(self.index).exits.load(Ordering::Relaxed);
-            let result = self.enter(exits);
-            match result? {
-                Then::Continue if self.interrupted(before) => break,
+            match self.enter(exits)? {
+                Then::Continue if self.interrupted() => break,
                 Then::Continue | Then::Idle => {}
                 Then::Hypercall => self.hypercall(exits)?,
                 Then::Return(_) => return Ok(true),
@@ -270,7 +268,7 @@ impl KvmVp {
     }
 
     /// Did the last KVM_RUN end for no reason but the immediate exit?
-    fn interrupted(&self, _before: u64) -> bool {
+    fn interrupted(&self) -> bool {
         // SAFETY: a field of the live mapping.
         self.field(|r| unsafe { &raw mut (*r).exit_reason }) == kvm_bindings::KVM_EXIT_INTR
     }

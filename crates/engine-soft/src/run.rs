@@ -75,10 +75,9 @@ impl SoftVp {
         self.enter();
         loop {
             let bits = self.s.attention.load(Ordering::SeqCst);
-            if bits & !(attention::BOUNDARY | attention::CODE) != 0 || self.run.window {
-                if let Some(exit) = self.look_up() {
-                    return exit;
-                }
+            let look = bits & !(attention::BOUNDARY | attention::CODE) != 0 || self.run.window;
+            if look && let Some(exit) = self.look_up() {
+                return exit;
             }
             match self.activity {
                 Activity::Running => {
@@ -137,23 +136,22 @@ impl SoftVp {
 
     /// INIT, start-up, NMI and interrupts, in the architecture's order (SDM volume 3, table 6-2).
     fn take_events(&mut self) {
-        if self.activity == Activity::WaitForSipi {
-            if let Some(state) = self.partition.take_start(self.index) {
-                self.start_with(&state);
-                return;
-            }
+        if self.activity == Activity::WaitForSipi
+            && let Some(state) = self.partition.take_start(self.index)
+        {
+            self.start_with(&state);
+            return;
         }
         let events = self.apic.events();
         if events & event::INIT != 0 {
             self.apic.take_event(event::INIT);
             self.init_reset();
         }
-        if events & event::SIPI != 0 {
-            if let Some(vector) = self.apic.take_sipi() {
-                if self.activity == Activity::WaitForSipi {
-                    self.start_up(vector);
-                }
-            }
+        if events & event::SIPI != 0
+            && let Some(vector) = self.apic.take_sipi()
+            && self.activity == Activity::WaitForSipi
+        {
+            self.start_up(vector);
         }
         if !matches!(self.activity, Activity::Running | Activity::Halted) {
             return;
@@ -393,8 +391,12 @@ impl Attached {
         let exits: *const (dyn VpExits + '_) = exits;
         // SAFETY: only the lifetime is erased. `Vp::run` clears both before the references end: `vp.exits` itself, and
         // `EXITS` by dropping this (also when the loop panics, which it catches).
-        let (shim, exits): (*const dyn VpExits, *const dyn VpExits) =
-            unsafe { (std::mem::transmute(shim), std::mem::transmute(exits)) };
+        let (shim, exits) = unsafe {
+            (
+                std::mem::transmute::<*const (dyn VpExits + '_), *const dyn VpExits>(shim),
+                std::mem::transmute::<*const (dyn VpExits + '_), *const dyn VpExits>(exits),
+            )
+        };
         vp.exits = Some(shim);
         let place = Arc::as_ptr(&vp.partition).addr();
         Self { vp: set_current(Some((place, vp.index))), exits: EXITS.replace(Some(exits)) }

@@ -24,8 +24,7 @@ impl SoftVp {
     pub fn new(partition: Arc<SoftPartition>, index: VpIndex) -> Self {
         let features = Features::from_table(&partition.cpuid[index as usize]);
         let model = mmu::MmuModel { physical_bits: features.maxphyaddr(), gib_pages: features.gbpages() };
-        // SAFETY: all-zero bytes are a valid `VpBlock`: integers, bools, atomics, null pointers, `CodeSize::Bits16`.
-        let mut block: Box<VpBlock> = unsafe { Box::new_zeroed().assume_init() };
+        let mut block = zeroed_block();
         block.tlb = mmu::TlbPointers::default();
         let apic = partition.shared(index).apic.clone();
         let mut vp = Self {
@@ -255,6 +254,20 @@ impl SoftVp {
     pub(crate) fn set_activity(&mut self, activity: Activity) {
         self.activity = activity;
         self.partition.shared(self.index).waiting.store(activity == Activity::WaitForSipi, Ordering::SeqCst);
+    }
+}
+
+/// A block of zeros.
+fn zeroed_block() -> Box<VpBlock> {
+    let layout = std::alloc::Layout::new::<VpBlock>();
+    // SAFETY: the layout is that of a `VpBlock`, which is not zero-sized, and all-zero bytes are a valid `VpBlock`:
+    // integers, bools, atomics, null pointers, `CodeSize::Bits16`. The box frees it with the same layout.
+    unsafe {
+        let block = std::alloc::alloc_zeroed(layout).cast::<VpBlock>();
+        if block.is_null() {
+            std::alloc::handle_alloc_error(layout);
+        }
+        Box::from_raw(block)
     }
 }
 

@@ -139,7 +139,7 @@ mod tests {
         let word = AtomicU32::new(0);
         // SAFETY: detached below.
         unsafe { waker.attach(&word) };
-        let timers = Timers::new(clock.clone(), &[waker.clone()]);
+        let timers = Timers::new(clock.clone(), std::slice::from_ref(&waker));
         let per_ms = clock.tsc_frequency_hz() / 1000;
         for ms in [20u64, 1] {
             let start = Instant::now();

@@ -80,10 +80,10 @@ impl VpExits for Board {
             PORT_LOG => {
                 let mut log = self.log.lock().unwrap();
                 log.push((vp, value(data) as u32));
-                if log.len() as u64 == self.kick_at.load(Ordering::SeqCst) {
-                    if let Some(p) = self.partition.lock().unwrap().as_ref().and_then(std::sync::Weak::upgrade) {
-                        p.kick(vp);
-                    }
+                if log.len() as u64 == self.kick_at.load(Ordering::SeqCst)
+                    && let Some(p) = self.partition.lock().unwrap().as_ref().and_then(std::sync::Weak::upgrade)
+                {
+                    p.kick(vp);
                 }
             }
             _ => {}
@@ -182,7 +182,7 @@ impl Bench {
     fn tables(&self) {
         self.memory.write_plain(Gpa(PML4), &(PDPT | P | RW | US)).unwrap();
         for i in 0..4u64 {
-            self.memory.write_plain(Gpa(PDPT + 8 * i), &(PD + i * 0x1000 | P | RW | US)).unwrap();
+            self.memory.write_plain(Gpa(PDPT + 8 * i), &((PD + i * 0x1000) | P | RW | US)).unwrap();
         }
         for i in 0..2048u64 {
             self.memory.write_plain(Gpa(PD + 8 * i), &(i << 21 | P | RW | US | PS)).unwrap();
