@@ -134,6 +134,11 @@ impl HvPartition {
         self.partition.get().map(|p| &**p)
     }
 
+    /// Number of VPs.
+    pub fn vp_count(&self) -> u32 {
+        self.config.vp_count
+    }
+
     /// The VPs that exist.
     pub(crate) fn all_vps(&self) -> VpSet {
         (0..self.config.vp_count).fold(VpSet::default(), VpSet::with)

@@ -13,6 +13,8 @@ pub mod class;
 pub mod guid;
 pub mod message;
 pub mod ring;
+pub mod service;
+pub mod storage;
 
 pub use guid::Guid;
 

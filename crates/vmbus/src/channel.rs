@@ -6,7 +6,7 @@ use crate::ring::{Incoming, Outgoing, RingError, Written};
 use crate::server::OpenRequest;
 use partition::{Gpa, GuestMemory};
 use std::collections::VecDeque;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock};
 use std::thread::Thread;
 use std::time::Instant;
@@ -67,6 +67,8 @@ pub(crate) struct Signals {
     woken: AtomicBool,
     closed: AtomicBool,
     paused: AtomicBool,
+    /// Requests of the device that are in flight.
+    work: AtomicUsize,
     waiter: OnceLock<Thread>,
     /// The thread stands still because of `paused`, or has ended.
     parked: Mutex<bool>,
@@ -89,18 +91,41 @@ impl Signals {
         self.parked.lock().unwrap_or_else(|e| e.into_inner())
     }
 
+    /// Waits until at most `left` requests are in flight.
+    fn wait_for_work(&self, left: usize) -> MutexGuard<'_, bool> {
+        let mut guard = self.parked();
+        while self.work.load(Ordering::SeqCst) > left {
+            guard = self.changed.wait(guard).unwrap_or_else(|e| e.into_inner());
+        }
+        guard
+    }
+
     /// The device's thread stands still here while the channel is paused.
     fn gate(&self) {
         if !self.paused.load(Ordering::SeqCst) {
             return;
         }
-        let mut parked = self.parked();
+        let mut parked = self.wait_for_work(0);
         *parked = true;
         self.changed.notify_all();
         while self.paused.load(Ordering::SeqCst) && !self.closed.load(Ordering::SeqCst) {
             parked = self.changed.wait(parked).unwrap_or_else(|e| e.into_inner());
         }
         *parked = false;
+    }
+}
+
+/// A request that a device works on while its thread goes on. The channel is not paused before all have been dropped,
+/// and a device's thread waits for them before it ends ([`Channel::finish`]).
+pub struct Work(Arc<Signals>);
+
+impl Drop for Work {
+    fn drop(&mut self) {
+        // Under the lock, so that a waiter does not miss it.
+        let guard = self.0.parked();
+        self.0.work.fetch_sub(1, Ordering::SeqCst);
+        drop(guard);
+        self.0.changed.notify_all();
     }
 }
 
@@ -251,10 +276,16 @@ impl Channel {
         self.signals.unpark();
     }
 
-    /// Is somebody waiting for the device's thread to stand still? A device with work in flight finishes it, then
-    /// calls [`Channel::next`].
-    pub fn is_pausing(&self) -> bool {
-        self.signals.paused.load(Ordering::SeqCst)
+    /// Begins a request that ends on another thread, when what is returned is dropped. Waits while `most` are in flight.
+    pub fn begin_work(&self, most: usize) -> Work {
+        drop(self.signals.wait_for_work(most.saturating_sub(1)));
+        self.signals.work.fetch_add(1, Ordering::SeqCst);
+        Work(self.signals.clone())
+    }
+
+    /// Waits until no request is in flight. To be called at the end of a device's thread.
+    pub fn finish(&self) {
+        drop(self.signals.wait_for_work(0));
     }
 
     /// Stops the device's thread at its next call of [`Channel::next`], and waits for that.

@@ -24,7 +24,7 @@ pub mod server;
 mod tests;
 
 pub use bus::{ChannelDevice, OpenRefused, Synic, VmBus, VmBusConfig, VmBusState};
-pub use channel::{Channel, ChannelError, Next, Packet};
+pub use channel::{Channel, ChannelError, Next, Packet, Work};
 pub use gpadl::{GpaRange, PageList};
 pub use server::{OfferKey, OfferParams};
 pub use vmbus_protocol as protocol;

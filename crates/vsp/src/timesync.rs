@@ -1,0 +1,64 @@
+//! Time synchronisation: samples of the host's time every five seconds, and a request to set the clock after the start,
+//! a pause and a restore.
+
+use crate::ic::{Definition, Ic, Periodic, service, v};
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use vmbus::protocol::class;
+use vmbus::protocol::service::{ServiceVersion, kind};
+
+static DEFINITION: Definition = Definition {
+    name: "timesync",
+    class: class::TIME_SYNC,
+    instance: class::TIME_SYNC_INSTANCE,
+    kind: kind::TIME_SYNC,
+    versions: &[v(1, 0), v(3, 0), v(4, 0)],
+};
+
+const INTERVAL: Duration = Duration::from_secs(5);
+/// 100 ns units from 1601 to 1970.
+const UNIX_EPOCH_IN_FILETIME: u64 = 116_444_736_000_000_000;
+/// Set the clock.
+const FLAG_SYNC: u8 = 1;
+/// A sample.
+const FLAG_SAMPLE: u8 = 2;
+
+/// Reads the guest's reference time, in 100 ns units.
+pub type ReferenceTime = Box<dyn Fn() -> u64 + Send + Sync>;
+
+/// The service.
+pub struct TimeSync {
+    pub(crate) ic: Arc<Ic>,
+}
+
+struct Sampler(ReferenceTime);
+
+impl Periodic for Sampler {
+    fn next(&self, version: ServiceVersion, first: bool) -> (Option<Vec<u8>>, Duration) {
+        let flags = if first { FLAG_SYNC } else { FLAG_SAMPLE };
+        let reference = (self.0)();
+        let since_1970 = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let now = UNIX_EPOCH_IN_FILETIME + (since_1970.as_nanos() / 100) as u64;
+        let mut body = now.to_le_bytes().to_vec();
+        if version >= v(4, 0) {
+            // With the reference time of the sample; leap indicator 0, stratum 1.
+            body.extend(reference.to_le_bytes());
+            body.extend([flags, 0, 1, 0, 0, 0]);
+        } else {
+            // Child time and round trip, which guests leave alone.
+            body.extend([0; 16]);
+            body.push(flags);
+        }
+        (Some(body), INTERVAL)
+    }
+    fn answered(&self, _: &[u8]) {}
+}
+
+impl TimeSync {
+    /// The service, not connected.
+    pub fn new(reference: ReferenceTime) -> Arc<Self> {
+        Arc::new(Self { ic: Ic::new(&DEFINITION, Some(Arc::new(Sampler(reference)))) })
+    }
+}
+
+service!(TimeSync);
