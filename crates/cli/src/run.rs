@@ -2,7 +2,7 @@
 
 use crate::size;
 use clap::{Args as ClapArgs, ValueEnum};
-use machine::{BootSource, MachineConfig};
+use machine::{BootSource, MachineConfig, StorageUnit, UnitKind};
 use partition::{EngineOptions, TranslateMode};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -44,9 +44,15 @@ pub struct Args {
     /// Translation of guest code (engine soft): on, off (interpret everything), verify (do both and compare)
     #[arg(long, value_enum, default_value_t = TranslateArg::On)]
     translate: TranslateArg,
-    /// Hyper-V's interface for the guest: enlightenments, reference time, synthetic timers
-    #[arg(long, value_enum, default_value_t = Switch::Off)]
-    hyperv: Switch,
+    /// Disk image (VHDX, VHD, raw) on the synthetic SCSI controller; may be given several times
+    #[arg(long, value_name = "FILE", conflicts_with = "restore")]
+    disk: Vec<PathBuf>,
+    /// DVD image on the synthetic SCSI controller; an empty name is an empty drive
+    #[arg(long, value_name = "FILE", conflicts_with = "restore")]
+    dvd: Vec<PathBuf>,
+    /// Hyper-V's interface for the guest: CPUID, MSRs, hypercalls, VMBus [default: on with --disk or --dvd]
+    #[arg(long, value_enum)]
+    hyperv: Option<OnOff>,
     /// Print counters to standard error at the end
     #[arg(long)]
     stats: bool,
@@ -65,8 +71,8 @@ enum EngineArg {
     Kvm,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum Switch {
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum OnOff {
     On,
     Off,
 }
@@ -80,13 +86,22 @@ enum TranslateArg {
 
 /// Carries the command out. `started` is when the program started.
 pub fn run(args: Args, started: Instant) -> ExitCode {
+    // Disks and drives take the units of controller 0 in the order in which they were given: disks first.
+    let disks = args.disk.into_iter().map(|path| (UnitKind::Disk, Some(path)));
+    let drives = args.dvd.into_iter().map(|path| (UnitKind::Dvd, (!path.as_os_str().is_empty()).then_some(path)));
+    let storage: Vec<StorageUnit> = disks
+        .chain(drives)
+        .zip(0u8..)
+        .map(|((kind, image), lun)| StorageUnit { controller: 0, lun, kind, image })
+        .collect();
     let start = match (args.kernel, args.restore) {
         (Some(kernel), _) => Start::Boot(MachineConfig {
             memory_bytes: args.memory,
             processors: args.processors,
             cpu_model: args.cpu_model.unwrap_or_else(default_model),
-            hyperv: matches!(args.hyperv, Switch::On),
+            hyperv: args.hyperv.unwrap_or(if storage.is_empty() { OnOff::Off } else { OnOff::On }) == OnOff::On,
             boot: BootSource::Kernel { kernel, initrd: args.initrd, command_line: args.append },
+            storage,
         }),
         (None, Some(file)) => Start::Restore(file),
         // clap has refused this.

@@ -3,7 +3,10 @@
 //! Source: ACPI 6.5, chapter 5 (tables) and chapter 19 (AML, by way of the crate `acpi_tables`).
 
 use crate::layout::{self, io};
-use acpi_tables::aml::{Device, EISAName, IO, Interrupt, Name, Package, ResourceTemplate, Scope, ZERO};
+use acpi_tables::aml::{
+    AddressSpace as MemoryWindow, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Name, Package,
+    ResourceTemplate, Scope, ZERO,
+};
 use acpi_tables::facs::FACS;
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -34,8 +37,8 @@ fn bytes_of(aml: &dyn Aml) -> Vec<u8> {
     bytes
 }
 
-/// Makes the tables of a machine with this many processors.
-pub fn tables(processors: u32) -> Tables {
+/// Makes the tables of a machine with this many processors, with VMBus or without.
+pub fn tables(processors: u32, vmbus: bool) -> Tables {
     let mut tables: Vec<(u64, &'static str, Vec<u8>)> = Vec::new();
     // The RSDP must be the first thing where it is searched for; FACS needs 64-byte alignment, all get it.
     let rsdp_at = layout::TABLES.start;
@@ -46,7 +49,7 @@ pub fn tables(processors: u32) -> Tables {
         tables.push((at, name, bytes));
         at
     };
-    let dsdt_at = place("DSDT", dsdt(processors));
+    let dsdt_at = place("DSDT", dsdt(processors, vmbus));
     let facs_at = place("FACS", bytes_of(&FACS::new()));
     let fadt_at = place("FACP", fadt(dsdt_at, facs_at));
     let madt_at = place("APIC", madt(processors));
@@ -152,7 +155,7 @@ fn madt(processors: u32) -> Vec<u8> {
     bytes_of(&table)
 }
 
-fn dsdt(processors: u32) -> Vec<u8> {
+fn dsdt(processors: u32, vmbus: bool) -> Vec<u8> {
     let mut body = Vec::new();
     let mut scope = |device: &dyn Aml| body.extend(bytes_of(&Scope::new("\\_SB_".into(), vec![device])));
     for id in 0..processors {
@@ -182,6 +185,26 @@ fn dsdt(processors: u32) -> Vec<u8> {
     ] {
         scope(&Device::new(name.into(), vec![&Name::new("_HID".into(), &EISAName::new(hid)), &resources(ports, irq)]));
     }
+    if vmbus {
+        // Guests find VMBus by this device; its window is the MMIO space that synthetic devices may use. (Hyper-V spells
+        // the id "VMBus"; guests do not mind the case, iasl does.)
+        let window = MemoryWindow::new_memory(
+            AddressSpaceCacheable::NotCacheable,
+            true,
+            layout::VMBUS_MMIO.start as u32,
+            (layout::VMBUS_MMIO.end - 1) as u32,
+            None,
+        );
+        scope(&Device::new(
+            "VMBS".into(),
+            vec![
+                &Name::new("_HID".into(), &"VMBUS"),
+                &Name::new("_UID".into(), &ZERO),
+                &Name::new("_DDN".into(), &"VMBUS"),
+                &Name::new("_CRS".into(), &ResourceTemplate::new(vec![&window])),
+            ],
+        ));
+    }
     body.extend(bytes_of(&Name::new("_S5_".into(), &Package::new(vec![&SLP_TYP_S5, &SLP_TYP_S5, &ZERO, &ZERO]))));
     let mut table = Sdt::new(*b"DSDT", 36, 2, OEM, OEM_TABLE, REVISION);
     table.append_slice(&body);
@@ -208,7 +231,7 @@ mod tests {
     #[test]
     fn checksums_and_addresses() {
         for processors in [1, 4, 64] {
-            let tables = tables(processors);
+            let tables = tables(processors, processors > 1);
             assert!(tables.tables.windows(2).all(|w| w[0].0 + w[0].2.len() as u64 <= w[1].0));
             for (_, name, bytes) in &tables.tables {
                 if *name == "FACS" {

@@ -19,6 +19,31 @@ pub struct MachineConfig {
     pub hyperv: bool,
     /// What is loaded at every start and reset.
     pub boot: BootSource,
+    /// Units of the synthetic SCSI controllers (with `hyperv` only).
+    #[serde(default)]
+    pub storage: Vec<StorageUnit>,
+}
+
+/// A disk or DVD drive on a synthetic SCSI controller.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StorageUnit {
+    /// Controller, 0 to 3.
+    pub controller: u32,
+    /// Unit, 0 to 63.
+    pub lun: u8,
+    /// Disk or drive.
+    pub kind: UnitKind,
+    /// The image; a drive may be empty.
+    pub image: Option<PathBuf>,
+}
+
+/// Kind of a unit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum UnitKind {
+    /// A hard disk.
+    Disk,
+    /// A DVD drive.
+    Dvd,
 }
 
 /// What the guest boots. Files are read again at every reset, as a boot loader would.

@@ -29,7 +29,11 @@ pub trait GuestInterface: Send + Sync {
     fn msr_write(&self, vp: VpIndex, msr: u32, value: u64) -> MsrOutcome;
     /// Hypercall.
     fn hypercall(&self, vp: VpIndex, context: &mut dyn HypercallContext) -> HypercallOutcome;
-    /// Hardware reset.
+    /// The partition is about to run, or to go on.
+    fn start(&self) {}
+    /// The partition has stopped: when this returns, nothing of this changes the guest's memory.
+    fn stop(&self) {}
+    /// Hardware reset, while stopped.
     fn reset(&self);
     /// Its complete state.
     fn save(&self) -> Result<SavedState, DeviceError>;

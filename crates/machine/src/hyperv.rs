@@ -1,13 +1,17 @@
-//! Hyper-V's interface for guests (`tlfs`) as a [`GuestInterface`] of the machine.
+//! Hyper-V's interface for guests as a [`GuestInterface`] of the machine: `tlfs`, VMBus and the synthetic devices on it.
 
 use crate::exits::GuestInterface;
 use crate::layout::io;
 use crate::machine::Base;
 use chipset::{DeviceError, PowerSink, SavedState, Timer, TimerService, TimerTarget};
 use partition::{Abilities, HypercallContext, HypercallOutcome, MsrOutcome, Partition, VpIndex};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 use std::sync::{Arc, OnceLock, Weak};
 use tlfs::{CrashReport, HvConfig, HvHost, HvPartition, HvState, TimerId};
+use vmbus::{VmBus, VmBusConfig, VmBusState};
+use vsp::SyntheticDevice;
 use x86::cpuid::{APIC_TIMER_HZ, CpuidTable};
 use x86::msr;
 
@@ -18,9 +22,18 @@ const TIMERS: usize = 4;
 /// The machine's side of an [`HvPartition`].
 pub struct HyperV {
     hv: Arc<HvPartition>,
+    bus: VmBus,
+    devices: Vec<Arc<dyn SyntheticDevice>>,
     host: Arc<Host>,
     /// Kept alive here; the timer service knows them weakly.
     _expiries: Vec<Arc<dyn TimerTarget>>,
+}
+
+#[derive(Serialize, Deserialize)]
+struct State {
+    partition: HvState,
+    bus: VmBusState,
+    devices: BTreeMap<String, SavedState>,
 }
 
 #[derive(Default)]
@@ -67,8 +80,14 @@ impl TimerTarget for Expiry {
 
 impl HyperV {
     /// The interface of a machine with this memory, clock and timer service, on an engine with these abilities.
-    /// `cpu_signature` is CPUID.1:EAX.
-    pub fn new(base: &Base, processors: u32, cpu_signature: u32, abilities: Abilities) -> Arc<Self> {
+    /// `cpu_signature` is CPUID.1:EAX. The devices are offered on VMBus.
+    pub fn new(
+        base: &Base,
+        processors: u32,
+        cpu_signature: u32,
+        abilities: Abilities,
+        devices: Vec<Arc<dyn SyntheticDevice>>,
+    ) -> std::io::Result<Arc<Self>> {
         let host = Arc::new(Host::default());
         let service: &TimerService = &base.timers;
         let timers = Arc::new(Timers((0..processors as usize * TIMERS).map(|_| service.timer()).collect()));
@@ -90,7 +109,23 @@ impl HyperV {
             timer.connect(Arc::downgrade(&expiry));
             expiries.push(expiry);
         }
-        Arc::new(Self { hv, host, _expiries: expiries })
+        let bus = VmBus::new(VmBusConfig {
+            vp_count: processors,
+            memory: base.memory.clone(),
+            synic: hv.clone(),
+            newest: vmbus::protocol::Version::V5_3,
+        })?;
+        for device in &devices {
+            if !bus.offer(device.clone()) {
+                return Err(std::io::Error::other(format!("device {} is on the bus twice", device.name())));
+            }
+        }
+        Ok(Arc::new(Self { hv, bus, devices, host, _expiries: expiries }))
+    }
+
+    /// VMBus.
+    pub fn bus(&self) -> &VmBus {
+        &self.bus
     }
 
     /// For those who talk to the guest through SynIC (VMBus).
@@ -129,20 +164,49 @@ impl GuestInterface for HyperV {
         self.hv.hypercall(vp, context)
     }
 
+    fn start(&self) {
+        self.bus.resume();
+        self.devices.iter().for_each(|d| d.started());
+    }
+
+    fn stop(&self) {
+        self.bus.pause();
+    }
+
     fn reset(&self) {
+        // Channels were paused with the machine; closing them ends their threads.
+        self.bus.reset();
         self.hv.reset();
+        self.devices.iter().for_each(|d| d.reset());
     }
 
     fn save(&self) -> Result<SavedState, DeviceError> {
-        SavedState::new(VERSION, &self.hv.save())
+        let mut devices = BTreeMap::new();
+        for device in &self.devices {
+            let value = device.save().map_err(DeviceError::Save)?;
+            devices.insert(device.name().to_string(), SavedState { version: device.state_version(), value });
+        }
+        SavedState::new(VERSION, &State { partition: self.hv.save(), bus: self.bus.save(), devices })
     }
 
     fn restore(&self, saved: &SavedState) -> Result<(), DeviceError> {
-        let state: HvState = saved.get(VERSION)?;
-        self.hv.restore(&state).map_err(|e| DeviceError::BadState(e.to_string()))
+        let state: State = saved.get(VERSION)?;
+        for device in &self.devices {
+            // A device that was added since the save starts anew.
+            let Some(saved) = state.devices.get(device.name()) else { continue };
+            let known = device.state_version();
+            if saved.version != known {
+                return Err(DeviceError::Version { found: saved.version, known });
+            }
+            device.restore(&saved.value).map_err(|e| DeviceError::BadState(format!("{}: {e}", device.name())))?;
+        }
+        self.hv.restore(&state.partition).map_err(|e| DeviceError::BadState(e.to_string()))?;
+        self.bus.restore(&state.bus).map_err(|e| DeviceError::BadState(e.to_string()))
     }
 
     fn counters(&self) -> Vec<(&'static str, u64)> {
-        self.hv.counters().snapshot()
+        let mut counters = self.hv.counters().snapshot();
+        counters.extend(self.devices.iter().flat_map(|d| d.counters()));
+        counters
     }
 }

@@ -4,6 +4,8 @@ use std::ops::Range;
 
 /// Addresses below 4 GiB that are not RAM: local APICs, I/O APIC, firmware, and room for devices.
 pub const HOLE: Range<u64> = 0xc000_0000..0x1_0000_0000;
+/// MMIO for synthetic devices, inside [`HOLE`].
+pub const VMBUS_MMIO: Range<u64> = 0xf800_0000..0xfc00_0000;
 /// The window of a VGA adapter, which is not RAM on any PC.
 pub const VGA: Range<u64> = 0xa_0000..0xc_0000;
 /// End of conventional memory; the last KiB is where a BIOS keeps its extended data area.

@@ -6,11 +6,10 @@
 //! * [`config`]: what a machine is made from; [`layout`]: where things are in its address space;
 //! * [`board`]: which devices it has; [`acpi`], [`smbios`]: the tables that describe them;
 //! * [`boot`]: loaders (Linux bzImage, PVH, ELF, flat images) and the state in which a VP enters them;
-//! * [`bus`], [`exits`]: the way of an access from a VP to its device;
-//! * [`hyperv`]: Hyper-V's interface for guests;
+//! * [`bus`], [`exits`]: the way of an access from a VP to its device; [`hyperv`]: Hyper-V's interface and VMBus;
 //! * [`vcpu`]: VP threads; [`machine`]: run, pause, reset; [`save`]: the state file.
 //!
-//! It may use: `chipset`, `tlfs`, `partition`, `x86`. It must never know: which engine runs, terminals, signals, command
+//! It may use: `chipset`, `tlfs`, `vmbus`, `vsp`, `partition`, `x86`. It must never know: which engine runs, terminals, signals, command
 //! lines.
 #![forbid(unsafe_code)]
 
@@ -29,6 +28,6 @@ pub mod save;
 pub mod smbios;
 pub mod vcpu;
 
-pub use config::{BootSource, MachineConfig};
+pub use config::{BootSource, MachineConfig, StorageUnit, UnitKind};
 pub use exits::GuestInterface;
 pub use machine::{Event, Machine, MachineError, Serial};

@@ -221,7 +221,7 @@ impl Machine {
         });
         let vcpus = Vcpus::new(stopper, exits.clone(), report)?;
         Ok(Self {
-            tables: acpi::tables(config.processors),
+            tables: acpi::tables(config.processors, config.hyperv),
             config,
             memory: base.memory,
             clock: base.clock,
@@ -286,6 +286,9 @@ impl Machine {
             }
             self.clock.start();
             self.timers.start();
+            if let Some(interface) = &self.exits.guest_interface {
+                interface.start();
+            }
             self.vcpus.run()?;
             *running = true;
         }
@@ -297,6 +300,10 @@ impl Machine {
         let mut running = self.running.lock().unwrap_or_else(|e| e.into_inner());
         if *running {
             self.vcpus.stop();
+            // Its requests in flight end while everything that they may need still runs.
+            if let Some(interface) = &self.exits.guest_interface {
+                interface.stop();
+            }
             self.timers.stop();
             self.clock.stop();
             for device in self.exits.bus.devices().iter().rev() {

@@ -214,6 +214,7 @@ mod tests {
             cpu_model: "x86-64-v2".into(),
             hyperv: false,
             boot: BootSource::Flat { image: vec![0xf4], address: 0x1000, mode: EntryMode::Real },
+            storage: Vec::new(),
         };
         let header = Header {
             config,

@@ -73,6 +73,7 @@ impl VpSynic {
     /// Writes a timer's count: an absolute time (one-shot) or a period.
     pub(crate) fn write_timer_count(&mut self, hv: &HvPartition, id: TimerId, value: u64, actions: &mut Actions) {
         let timer = &mut self.timers[usize::from(id.timer)];
+        tracing::trace!(count = value, now = hv.time.now(), config = format_args!("{:#x}", timer.config), "timer");
         timer.count = value;
         if value == 0 {
             timer.config &= !stimer::ENABLE;

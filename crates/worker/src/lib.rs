@@ -13,6 +13,7 @@
 #![forbid(unsafe_code)]
 
 pub mod engines;
+pub mod hyperv;
 pub mod run;
 pub mod serial;
 pub mod stats;

@@ -1,9 +1,9 @@
 //! The run loop.
 
 use crate::engines::{self, EngineChoice};
+use crate::hyperv::Devices;
 use crate::serial::{Plugged, SerialTarget};
 use crate::stats;
-use machine::hyperv::HyperV;
 use machine::machine::{Base, Parts};
 use machine::save::{self, Header};
 use machine::{Event, GuestInterface, Machine, MachineConfig, MachineError, Serial};
@@ -140,12 +140,18 @@ pub fn run(options: &RunOptions) -> Result<Outcome, WorkerError> {
     let phase = |what: &str| tracing::debug!("{what} after {:.1} ms", options.started.elapsed().as_secs_f64() * 1e3);
     phase("memory and processor model");
     let engine = engines::choose(options.engine).map_err(WorkerError::Engine)?;
-    let guest_interface: Option<Arc<dyn GuestInterface>> = config.hyperv.then(|| {
-        let signature = cpuid.first().map_or(0, |table| table.get(1, 0).eax);
-        HyperV::new(&base, config.processors, signature, engine.abilities()) as Arc<dyn GuestInterface>
-    });
     let mut plugged = Plugged::new(&options.serial)
         .map_err(|source| WorkerError::Serial { target: options.serial.to_string(), source })?;
+    let devices = match config.hyperv {
+        true => {
+            let signature = cpuid.first().map_or(0, |t| t.get(1, 0).eax);
+            Some(Devices::new(&config, &base, engine.abilities(), signature)?)
+        }
+        false if !config.storage.is_empty() => {
+            return Err(WorkerError::Setup("--disk and --dvd are on VMBus and need --hyperv on".into()));
+        }
+        false => None,
+    };
     let events = sender.clone();
     let parts = Parts {
         engine: &*engine,
@@ -153,7 +159,7 @@ pub fn run(options: &RunOptions) -> Result<Outcome, WorkerError> {
         cpuid,
         serial: Serial { com1: Some(plugged.backend.clone()), com2: None },
         debug: None,
-        guest_interface,
+        guest_interface: devices.as_ref().map(|d| d.interface.clone() as Arc<dyn GuestInterface>),
         base: Some(base),
         // A run loop that has gone away does not need the event.
         events: Arc::new(move |event| drop(events.send(Wake::Machine(event)))),
