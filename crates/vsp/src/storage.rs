@@ -421,8 +421,9 @@ fn execute(shared: &Arc<Shared>, answer: Answer, request: ScsiRequest, ranges: &
     }
     let cdb = Cdb::new(&request.cdb_or_sense[..cdb_len]);
     let here = request.path == 0 && request.target == 0;
-    if cdb.opcode() == scsi::protocol::op::REPORT_LUNS && here {
-        let luns: Vec<u8> = lock(&shared.units).keys().copied().collect();
+    if cdb.opcode() == scsi::protocol::op::REPORT_LUNS {
+        // Other paths and targets have no units: Linux asks them all, and logs what is not an answer.
+        let luns: Vec<u8> = if here { lock(&shared.units).keys().copied().collect() } else { Vec::new() };
         return command.complete_with(ranges, cdb.u32(6) as usize, &scsi::report_luns(&luns));
     }
     let unit = if here { lock(&shared.units).get(&request.lun).cloned() } else { None };
