@@ -22,6 +22,7 @@ fn config(processors: u32) -> MachineConfig {
         processors,
         cpu_model: "none".into(),
         hyperv: false,
+        storage: Vec::new(),
         boot: BootSource::Flat { image: IMAGE.to_vec(), address: 0x8000, mode: EntryMode::Real },
     }
 }
