@@ -42,7 +42,20 @@ const NEXTEST: Step = Step {
     name: "unit-tests",
     arguments: &["nextest", "run", "--workspace", "--no-fail-fast", "--status-level", "fail", "--hide-progress-bar"],
 };
+/// nextest leaves examples in documentation out.
+const EXAMPLES: Step = Step { name: "doc-examples", arguments: &["test", "--workspace", "--doc", "--quiet"] };
 const PLAIN: Step = Step { name: "unit-tests", arguments: &["test", "--workspace", "--no-fail-fast", "--quiet"] };
+
+/// What must be left of the host's memory beside a guest's.
+const HOST_RESERVE_MIB: u32 = 1024;
+
+/// Memory that can be had without swapping; plenty where the host does not say.
+fn host_memory_mib() -> u32 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|l| l.strip_prefix("MemAvailable:"));
+    let kib: Option<u64> = line.and_then(|l| l.split_whitespace().next()?.parse().ok());
+    kib.map_or(u32::MAX, |k| u32::try_from(k >> 10).unwrap_or(u32::MAX))
+}
 
 /// Runs the steps and prints the closing line.
 ///
@@ -50,7 +63,7 @@ const PLAIN: Step = Step { name: "unit-tests", arguments: &["test", "--workspace
 /// When cargo itself cannot be started.
 pub fn run(options: &Options) -> Result<ExitCode> {
     let wanted = |name: &str| options.only.as_ref().is_none_or(|o| name.contains(o.as_str()));
-    let units = if has_nextest() { &NEXTEST } else { &PLAIN };
+    let units: &[Step] = if has_nextest() { &[NEXTEST, EXAMPLES] } else { &[PLAIN] };
     let mut cases = guest_test::all(options.stress_seconds);
     cases.retain(|c| {
         let named = options.only.as_ref().is_some_and(|o| c.name.contains(o.as_str()));
@@ -59,7 +72,13 @@ pub fn run(options: &Options) -> Result<ExitCode> {
             && (!c.long || options.long || (named && options.only.as_deref() == Some(&c.name)))
             && (!c.viridian_only || options.contender != "qemu")
     });
-    let steps: Vec<&Step> = CHECKS.iter().chain([units]).filter(|s| wanted(s.name)).collect();
+    let steps: Vec<&Step> = CHECKS.iter().chain(units).filter(|s| wanted(s.name)).collect();
+    let available = host_memory_mib();
+    let listed = cases.len();
+    cases.retain(|c| c.memory_mib() + HOST_RESERVE_MIB <= available);
+    if cases.len() < listed {
+        println!("{} guest tests left out: this machine has only {available} MiB of free memory", listed - cases.len());
+    }
     if options.list {
         for step in steps {
             println!("{}", step.name);

@@ -78,6 +78,16 @@ impl Case {
     }
 }
 
+impl Case {
+    /// Memory of the guest in MiB.
+    pub fn memory_mib(&self) -> u32 {
+        match &self.work {
+            Work::Boot(boot) => boot.memory_mib,
+            Work::Usage => 0,
+        }
+    }
+}
+
 impl Boot {
     fn new(kernel: &'static str, processors: u32, append: impl Into<String>) -> Self {
         Self {
