@@ -4,7 +4,7 @@ use crate::acpi;
 use crate::board::Board;
 use crate::boot::{self, BootError};
 use crate::bus::{Bus, DeviceCounts};
-use crate::config::{MEMORY_BYTES, MachineConfig};
+use crate::config::{BootSource, MEMORY_BYTES, MachineConfig};
 use crate::dump;
 use crate::exits::{Exits, GuestInterface};
 use crate::layout;
@@ -266,8 +266,9 @@ impl Machine {
         for vp in 0..self.config.processors {
             let signature = self.cpuid[vp as usize].get(1, 0).eax;
             let mut state = VpState::reset(vp, signature);
-            // What firmware leaves: memory is cached (MTRRs on, write-back by default).
-            state.set_msr(msr::MTRR_DEF_TYPE, 0x806);
+            if matches!(self.config.boot, BootSource::Kernel { .. }) {
+                as_firmware_leaves(&mut state, vp == 0);
+            }
             if vp == 0 {
                 state = boot::load(&self.config, &self.memory, self.tables.rsdp, state)?;
             }
@@ -430,6 +431,22 @@ impl Drop for Machine {
         // Nothing may call back into devices that are going away.
         let _ = self.pause();
         self.timers.stop();
+    }
+}
+
+/// What firmware has done before it starts an operating system: memory is cached (MTRRs on, write-back by default), and
+/// the interrupts of the PIC pair reach the first processor through its local APIC ("virtual wire mode",
+/// MultiProcessor Specification 1.4, section 3.6.2.2): kernels that use no APIC rely on it.
+fn as_firmware_leaves(state: &mut VpState, first: bool) {
+    const SPURIOUS: usize = 0xf0;
+    const LINT0: usize = 0x350;
+    const LINT1: usize = 0x360;
+    state.set_msr(msr::MTRR_DEF_TYPE, 0x806);
+    if first {
+        // Enabled with spurious vector 0xff; LINT0 is ExtINT, LINT1 is NMI.
+        for (register, value) in [(SPURIOUS, 0x1ffu32), (LINT0, 0x700), (LINT1, 0x400)] {
+            state.lapic.regs[register..register + 4].copy_from_slice(&value.to_le_bytes());
+        }
     }
 }
 
