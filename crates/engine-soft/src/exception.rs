@@ -341,12 +341,12 @@ impl SoftVp {
         if limit < 0x67 {
             return Err(Fault::GP0);
         }
-        let io_base = u32::from(self.read_sys_u16(self.s.tr.base + 0x66)?);
+        let io_base = u32::from(self.read_sys_u16(self.s.tr.base.wrapping_add(0x66))?);
         let at = io_base.wrapping_sub(32).wrapping_add(u32::from(number) / 8);
         if at > limit {
             return Err(Fault::GP0);
         }
-        if self.read_sys_u8(self.s.tr.base + u64::from(at))? >> (number % 8) & 1 != 0 {
+        if self.read_sys_u8(self.s.tr.base.wrapping_add(u64::from(at)))? >> (number % 8) & 1 != 0 {
             return Ok(false);
         }
         let iopl3 = self.iopl() == 3;
@@ -374,7 +374,7 @@ impl SoftVp {
         }
         let at = self.wrap_linear(self.s.idtr.base.wrapping_add(entry));
         let low = self.read_sys_u64(at)?;
-        let high = if long { self.read_sys_u64(at + 8)? & 0xffff_ffff } else { 0 };
+        let high = if long { self.read_sys_u64(at.wrapping_add(8))? & 0xffff_ffff } else { 0 };
         let gate = Gate::decode(low, high);
         let known = match gate.kind {
             INTERRUPT_GATE | TRAP_GATE => true,
@@ -529,13 +529,13 @@ impl SoftVp {
         if at + size - 1 > tr.limit {
             return Err(Fault::ts(selector_error(tr.selector)));
         }
-        let la = tr.base + u64::from(at);
+        let la = tr.base.wrapping_add(u64::from(at));
         if wide {
             let sp = self.read_sys_u32(la)?;
-            Ok((self.read_sys_u16(la + 4)?, u64::from(sp)))
+            Ok((self.read_sys_u16(la.wrapping_add(4))?, u64::from(sp)))
         } else {
             let sp = self.read_sys_u16(la)?;
-            Ok((self.read_sys_u16(la + 2)?, u64::from(sp)))
+            Ok((self.read_sys_u16(la.wrapping_add(2))?, u64::from(sp)))
         }
     }
 

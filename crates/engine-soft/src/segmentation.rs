@@ -217,7 +217,7 @@ impl SoftVp {
         if !inside {
             return Err(fault(selector_error(selector)));
         }
-        let high = self.read_sys_u64(d.address + 8)?;
+        let high = self.read_sys_u64(d.address.wrapping_add(8))?;
         if high >> 40 & 0x1f != 0 {
             return Err(fault(selector_error(selector)));
         }
@@ -229,7 +229,7 @@ impl SoftVp {
         if d.segment.attr & attr::TYPE_ACCESSED == 0 {
             d.segment.attr |= attr::TYPE_ACCESSED;
             let rights = (d.segment.attr & 0xff) as u8;
-            self.write_sys_u8(d.address + 5, rights)?;
+            self.write_sys_u8(d.address.wrapping_add(5), rights)?;
         }
         Ok(())
     }

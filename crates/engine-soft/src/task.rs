@@ -101,8 +101,8 @@ impl SoftVp {
 
     fn set_busy(&mut self, selector: u16, busy: bool) -> Exec {
         if let Some(address) = self.descriptor_address(selector & !4) {
-            let kind = self.read_sys_u8(address + 5)?;
-            self.write_sys_u8(address + 5, if busy { kind | BUSY as u8 } else { kind & !(BUSY as u8) })?;
+            let kind = self.read_sys_u8(address.wrapping_add(5))?;
+            self.write_sys_u8(address.wrapping_add(5), if busy { kind | BUSY as u8 } else { kind & !(BUSY as u8) })?;
         }
         Ok(())
     }

@@ -334,28 +334,28 @@ fn save(vp: &mut SoftVp, insn: &Insn, form: Form) -> Exec {
         let header = x87_header(&vp.s.xsave, wide);
         let registers: [u8; 128] = part(&vp.s.xsave, legacy::ST0);
         vp.write_bytes(address, &header)?;
-        vp.write_bytes(address + legacy::ST0 as u64, &registers)?;
+        vp.write_bytes(address.wrapping_add(legacy::ST0 as u64), &registers)?;
     }
     let mxcsr_saved = if compact { written & xcr0::SSE != 0 } else { rfbm & (xcr0::SSE | xcr0::AVX) != 0 };
     if mxcsr_saved {
-        vp.write_u32(address + legacy::MXCSR as u64, mxcsr)?;
-        vp.write_u32(address + legacy::MXCSR_MASK as u64, xsave::MXCSR_MASK)?;
+        vp.write_u32(address.wrapping_add(legacy::MXCSR as u64), mxcsr)?;
+        vp.write_u32(address.wrapping_add(legacy::MXCSR_MASK as u64), xsave::MXCSR_MASK)?;
     }
     let bytes = 16 * register_count(vp);
     if written & xcr0::SSE != 0 {
         let registers: [u8; 256] = part(&vp.s.xsave, legacy::XMM0);
-        vp.write_bytes(address + legacy::XMM0 as u64, &registers[..bytes])?;
+        vp.write_bytes(address.wrapping_add(legacy::XMM0 as u64), &registers[..bytes])?;
     }
     if written & xcr0::AVX != 0 {
         let registers: [u8; 256] = part(&vp.s.xsave, xsave::AVX_OFFSET);
-        vp.write_bytes(address + xsave::AVX_OFFSET as u64, &registers[..bytes])?;
+        vp.write_bytes(address.wrapping_add(xsave::AVX_OFFSET as u64), &registers[..bytes])?;
     }
     if compact {
-        vp.write_u64(address + XSTATE_BV as u64, used & rfbm)?;
-        vp.write_u64(address + XCOMP_BV as u64, rfbm | COMPACT)
+        vp.write_u64(address.wrapping_add(XSTATE_BV as u64), used & rfbm)?;
+        vp.write_u64(address.wrapping_add(XCOMP_BV as u64), rfbm | COMPACT)
     } else {
-        let old = vp.read_u64(address + XSTATE_BV as u64)?;
-        vp.write_u64(address + XSTATE_BV as u64, old & !rfbm | used & rfbm)
+        let old = vp.read_u64(address.wrapping_add(XSTATE_BV as u64))?;
+        vp.write_u64(address.wrapping_add(XSTATE_BV as u64), old & !rfbm | used & rfbm)
     }
 }
 

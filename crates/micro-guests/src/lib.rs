@@ -19,7 +19,7 @@ use partition::{
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::time::Duration;
-use x86::cpuid::CpuModel;
+use x86::cpuid::{CpuModel, CpuidTable};
 
 pub use layout::Mode;
 
@@ -95,6 +95,15 @@ fn model() -> CpuModel {
         .clone()
 }
 
+type TableFilter = Box<dyn Fn(CpuidTable) -> CpuidTable + Send + Sync>;
+static FILTER: OnceLock<TableFilter> = OnceLock::new();
+
+/// For an engine that cannot offer all of the model: what `filter` makes of a CPUID table is what guests get. Micro-guests
+/// about what is missing then do nothing. Only the first call in a process counts.
+pub fn limit_model(filter: impl Fn(CpuidTable) -> CpuidTable + Send + Sync + 'static) {
+    let _ = FILTER.set(Box::new(filter));
+}
+
 impl Guest {
     /// A guest whose VP starts in this mode at [`layout::CODE`], with tables, stacks and handlers in place.
     pub fn new(mode: Mode) -> Self {
@@ -113,7 +122,15 @@ impl Guest {
 
     /// Does the model have this CPUID feature?
     pub fn has(&self, bit: &x86::cpuid::bits::Bit) -> bool {
-        self.model.features().contains(bit)
+        bit.in_table(&self.table(0, 0))
+    }
+
+    fn table(&self, vp: u32, hz: u64) -> CpuidTable {
+        let table = self.model.table(vp, self.vps, hz);
+        match FILTER.get() {
+            Some(filter) => filter(table),
+            None => table,
+        }
     }
 
     /// Writes bytes.
@@ -158,7 +175,7 @@ impl Guest {
             vp_count: self.vps,
             memory: self.memory.clone(),
             clock: clock.clone(),
-            cpuid: (0..self.vps).map(|n| self.model.table(n, self.vps, hz)).collect(),
+            cpuid: (0..self.vps).map(|n| self.table(n, hz)).collect(),
             msr_exits: Vec::new(),
             hypercall_port: None,
             options: EngineOptions::default(),

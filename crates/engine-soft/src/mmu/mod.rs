@@ -343,7 +343,7 @@ impl SoftVp {
         for n in 0..4 {
             if let Some(watch) = self.data_breakpoint(n) {
                 watched.push(watch.address & !PAGE_MASK);
-                let last = (watch.address + watch.len - 1) & !PAGE_MASK;
+                let last = (watch.address + (watch.len - 1)) & !PAGE_MASK;
                 if !watched.contains(&last) {
                     watched.push(last);
                 }
@@ -375,7 +375,8 @@ impl SoftVp {
         }
         for n in 0..4 {
             if let Some(watch) = self.data_breakpoint(n) {
-                let overlaps = la < watch.address + watch.len && watch.address < la + len as u64;
+                let overlaps =
+                    la.wrapping_sub(watch.address) < watch.len || watch.address.wrapping_sub(la) < len as u64;
                 if overlaps && (write || watch.reads) {
                     self.raise_debug(1 << n);
                 }

@@ -129,7 +129,7 @@ fn ltr(vp: &mut SoftVp, i: &Insn) -> Exec {
     let long = vp.long_mode();
     let mut d = gdt_system(vp, selector, |kind| kind == 9 || (kind == 1 && !long))?;
     d.segment.attr |= TSS_BUSY;
-    vp.write_sys_u8(d.address + 5, (d.segment.attr & 0xff) as u8)?;
+    vp.write_sys_u8(d.address.wrapping_add(5), (d.segment.attr & 0xff) as u8)?;
     vp.s.tr = d.segment;
     Ok(())
 }

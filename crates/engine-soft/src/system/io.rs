@@ -107,7 +107,8 @@ impl SoftVp {
             }
             let len = [1, 2, 8, 4][(self.s.dr7 >> (18 + 4 * n) & 3) as usize];
             let start = self.s.dr[n] & !(len - 1);
-            if u64::from(port) < start + len && start < u64::from(port) + size as u64 {
+            let port = u64::from(port);
+            if port.wrapping_sub(start) < len || start.wrapping_sub(port) < size as u64 {
                 self.raise_debug(1 << n);
             }
         }
