@@ -195,12 +195,12 @@ impl SoftVp {
                 self.check_target(&code.segment, gate.offset)?;
                 self.enter_code(code, gate.offset, cpl)
             }
-            _ => self.to_task(selector, &d, kind, Reason::Jump).unwrap_or(Err(Fault::gp(error))),
+            _ => self.transfer_to_task(selector, &d, kind, Reason::Jump).unwrap_or(Err(Fault::gp(error))),
         }
     }
 
     /// A transfer to a TSS or a task gate. `None`: the descriptor is neither.
-    fn to_task(&mut self, selector: u16, d: &Descriptor, kind: u32, reason: Reason) -> Option<Exec> {
+    fn transfer_to_task(&mut self, selector: u16, d: &Descriptor, kind: u32, reason: Reason) -> Option<Exec> {
         if self.long_mode() {
             return None;
         }
@@ -305,7 +305,7 @@ impl SoftVp {
                     self.enter_code(code, gate.offset, cpl)
                 }
             }
-            _ => self.to_task(selector, &d, kind, Reason::Call).unwrap_or(Err(Fault::gp(error))),
+            _ => self.transfer_to_task(selector, &d, kind, Reason::Call).unwrap_or(Err(Fault::gp(error))),
         }
     }
 
@@ -326,13 +326,14 @@ impl SoftVp {
             (stack, Frame::legacy(stack, sp, cpl, Fault::ss(selector_error(selector))))
         };
         let mut parameters = [0u64; 31];
-        for n in 0..gate.count as usize {
-            parameters[n] = self.stack_read((n * gate.size) as i64, gate.size)?;
+        let parameters = &mut parameters[..gate.count as usize];
+        for (n, parameter) in parameters.iter_mut().enumerate() {
+            *parameter = self.stack_read((n * gate.size) as i64, gate.size)?;
         }
         frame.push(self, u64::from(old_ss.selector), gate.size)?;
         frame.push(self, old_sp, gate.size)?;
-        for n in (0..gate.count as usize).rev() {
-            frame.push(self, parameters[n], gate.size)?;
+        for parameter in parameters.iter().rev() {
+            frame.push(self, *parameter, gate.size)?;
         }
         frame.push(self, cs, gate.size)?;
         frame.push(self, return_rip, gate.size)?;

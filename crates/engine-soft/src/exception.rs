@@ -1,14 +1,14 @@
 //! Exceptions and interrupts: delivery through IVT and IDT (SDM volume 3, chapter 6; section 20.3 for virtual-8086
 //! mode; section 6.14 for long mode), and what a delivery does to debug registers and shadows.
 
-use crate::segmentation::{Want, is_null, selector_error};
+use crate::segmentation::{is_null, selector_error};
 use crate::vp::{Exec, Fault, SoftVp, attention};
 use partition::Activity;
 use std::sync::atomic::Ordering;
 use x86::exception::{self as vector, has_error_code};
 use x86::paging::is_canonical;
 use x86::regs::gpr::RSP;
-use x86::regs::{cr0, dr6, dr7, rflags};
+use x86::regs::{cr0, dr7, rflags};
 use x86::segment::{Segment, attr, sreg};
 
 /// Which instruction raised a software interrupt.
@@ -552,15 +552,5 @@ impl SoftVp {
     /// Is the present TSS a 32-bit one?
     pub(crate) fn tss_is_32bit(&self) -> bool {
         self.s.tr.attr & 8 != 0
-    }
-
-    /// Checks that code can be fetched at an offset of the present CS (used by tests and by entry points).
-    pub fn code_linear(&mut self, rip: u64) -> Exec<u64> {
-        self.seg_linear(sreg::CS, rip, 1, Want::Exec)
-    }
-
-    /// Is a debug exception that DR6 would report as single step pending?
-    pub fn single_step_pending(&self) -> bool {
-        self.s.pending_debug & dr6::BS != 0
     }
 }

@@ -212,10 +212,9 @@ impl SoftVp {
         class: Option<Class>,
     ) -> Exec<((Target, usize), Option<Target>)> {
         debug_assert!(len <= PAGE_SIZE as usize);
-        if class.is_none() {
-            if self.alignment_checked() && matches!(len, 2 | 4 | 8) && la & (len as u64 - 1) != 0 {
-                return Err(AC0);
-            }
+        let aligned = !matches!(len, 2 | 4 | 8) || la & (len as u64 - 1) == 0;
+        if class.is_none() && !aligned && self.alignment_checked() {
+            return Err(AC0);
         }
         let who = class.unwrap_or_else(|| self.access_class());
         let first = self.translate(la, intent, who)?;

@@ -68,7 +68,7 @@ impl SoftVp {
     }
 
     fn try_walk(&mut self, la: u64, intent: Intent, class: Class) -> Exec<Option<Walked>> {
-        let (format, mut table, mut rights) = match self.walk_root(la, intent, class)? {
+        let (format, mut table, mut rights) = match self.walk_root(la)? {
             Some(root) => root,
             None => return Err(self.page_fault(la, 0, intent, class)),
         };
@@ -104,7 +104,7 @@ impl SoftVp {
     }
 
     /// Where the walk starts: the format, the first table, and rights so far. `None`: a PDPTE that is not present.
-    fn walk_root(&mut self, la: u64, intent: Intent, class: Class) -> Exec<Option<(Format, u64, Rights)>> {
+    fn walk_root(&mut self, la: u64) -> Exec<Option<(Format, u64, Rights)>> {
         let all = Rights { user: true, write: true, nx: false };
         if self.s.efer & efer::LMA != 0 {
             if !paging::is_canonical(la) {
@@ -113,7 +113,6 @@ impl SoftVp {
             return Ok(Some((FOUR_LEVEL, self.s.cr3 & 0x000f_ffff_ffff_f000, all)));
         }
         if self.s.cr4 & cr4::PAE != 0 {
-            let _ = (intent, class);
             let pdpte = self.s.pdptrs[(la >> 30) as usize & 3];
             return Ok((pdpte & P != 0).then_some((PAE, pdpte & 0x000f_ffff_ffff_f000, all)));
         }
@@ -176,7 +175,8 @@ impl SoftVp {
             Intent::Read => reachable,
             Intent::Write => reachable && may_write,
             Intent::Fetch if user_class => rights.user && !rights.nx,
-            Intent::Fetch => !rights.nx && !(rights.user && self.s.cr4 & cr4::SMEP != 0),
+            Intent::Fetch if rights.nx => false,
+            Intent::Fetch => !rights.user || self.s.cr4 & cr4::SMEP == 0,
         };
         if !allowed {
             return Err(self.page_fault(la, pf::PRESENT, intent, class));
