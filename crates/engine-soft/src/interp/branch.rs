@@ -49,7 +49,12 @@ fn call_to<const LONG: bool>(vp: &mut SoftVp, op: &Op, back: u64, target: u64) -
         jump64(vp, target)?;
         push64(vp, back)
     } else {
-        vp.jump_near(target, op.size.into())?;
+        if let Err(fault) = vp.jump_near(target, op.size.into()) {
+            // As above.
+            let la = vp.stack_linear(-i64::from(op.size), op.size.into(), crate::segmentation::Want::Write)?;
+            vp.probe_write(la, op.size.into())?;
+            return Err(fault);
+        }
         vp.push(back, op.size.into())
     }
 }

@@ -525,15 +525,15 @@ pub fn lower(i: &Instruction, code: CodeSize, features: &Features) -> Option<Op>
         M::Mov => f.mov()?,
         M::Movzx => f.extend(false)?,
         M::Movsx | M::Movsxd => match (f.size(0), f.size(1)) {
-            // MOVSXD with 16-bit operands is a move.
-            (2, 2) => {
-                let memory = f.register_and_source(1)?;
-                f.set(if memory { data::mov_rm::<u16> } else { data::mov_rr::<u16> })?;
-            }
-            (2, 4) => {
+            // MOVSXD to a 16-bit register is a move; AMD reads 32 bits of memory for it (measured).
+            (2, 2 | 4) => {
                 let memory = f.register_and_source(1)?;
                 f.op.size = 2;
-                f.set(if memory { data::mov_rm::<u16> } else { data::mov_rr::<u16> })?;
+                f.set(match memory {
+                    true if features.is_intel() => data::mov_rm::<u16>,
+                    true => data::movzx::<u16, u32, true>,
+                    false => data::mov_rr::<u16>,
+                })?;
             }
             _ => f.extend(true)?,
         },

@@ -1,6 +1,6 @@
 //! Every instruction form of the model: which are compared, which are not and why, and how to make an instance of one.
 
-use crate::native::{CODE, DATA, READ_ONLY, START};
+use crate::native::{BASE16, CODE, DATA, Mode, READ_ONLY};
 use crate::random::Random;
 use iced_x86::{Code, Encoder, Instruction, Mnemonic, OpCodeOperandKind as K, OpKind, Register};
 use viridian_engine_soft::code::CodeReader;
@@ -86,14 +86,14 @@ fn gpr(r: &mut Random, size: usize, limit: u64) -> Register {
     }
 }
 
-/// Makes a random instance of a form, in 64-bit code or (`compatibility`) 32-bit code. `None`: not encodable so.
-pub fn instance(code: Code, compatibility: bool, features: &Features, r: &mut Random) -> Option<Instance> {
+/// Makes a random instance of a form, in 64-bit code or 32- or 16-bit code. `None`: not encodable so.
+pub fn instance(code: Code, mode: Mode, features: &Features, r: &mut Random) -> Option<Instance> {
     let info = code.op_code();
-    let bits = if compatibility { 32 } else { 64 };
+    let bits = mode.bits();
     if !info.is_instruction() || !info.is_available_in_mode(bits) {
         return None;
     }
-    let regs = if compatibility { 8 } else { 16 };
+    let regs = if mode == Mode::Long { 16 } else { 8 };
     let mut i = Instruction::default();
     i.set_code(code);
     let mut needs = Needs::default();
@@ -105,7 +105,7 @@ pub fn instance(code: Code, compatibility: bool, features: &Features, r: &mut Ra
         };
         let mut memory = |i: &mut Instruction, r: &mut Random, vsib: Option<Register>| {
             i.set_op_kind(n, OpKind::Memory);
-            address(i, r, compatibility, vsib);
+            address(i, r, mode, vsib);
             needs.memory = Some((i.memory_base(), i.memory_index(), i.memory_index_scale(), i.memory_displacement64()));
         };
         let either = r.below(2) == 0;
@@ -205,25 +205,25 @@ pub fn instance(code: Code, compatibility: bool, features: &Features, r: &mut Ra
             }
             K::seg_rSI => {
                 needs.implicit = true;
-                i.set_op_kind(n, if compatibility { OpKind::MemorySegESI } else { OpKind::MemorySegRSI });
+                i.set_op_kind(n, pick(mode, OpKind::MemorySegRSI, OpKind::MemorySegESI, OpKind::MemorySegSI));
             }
             K::es_rDI => {
                 needs.implicit = true;
-                i.set_op_kind(n, if compatibility { OpKind::MemoryESEDI } else { OpKind::MemoryESRDI });
+                i.set_op_kind(n, pick(mode, OpKind::MemoryESRDI, OpKind::MemoryESEDI, OpKind::MemoryESDI));
             }
             K::seg_rDI => {
                 needs.implicit = true;
-                i.set_op_kind(n, if compatibility { OpKind::MemorySegEDI } else { OpKind::MemorySegRDI });
+                i.set_op_kind(n, pick(mode, OpKind::MemorySegRDI, OpKind::MemorySegEDI, OpKind::MemorySegDI));
             }
             K::seg_rBX_al => {
                 needs.implicit = true;
                 i.set_op_kind(n, OpKind::Memory);
-                i.set_memory_base(if compatibility { Register::EBX } else { Register::RBX });
+                i.set_memory_base(pick(mode, Register::RBX, Register::EBX, Register::BX));
                 i.set_memory_index(Register::AL);
                 i.set_memory_index_scale(1);
             }
             K::br16_1 | K::br32_1 | K::br64_1 | K::br16_2 | K::br32_4 | K::br64_4 => {
-                let target = START + 20 + r.below(60);
+                let target = mode.start() + 20 + r.below(60);
                 match kind {
                     K::br16_1 | K::br16_2 => {
                         i.set_op_kind(n, OpKind::NearBranch16);
@@ -254,10 +254,10 @@ pub fn instance(code: Code, compatibility: bool, features: &Features, r: &mut Ra
         _ => {}
     }
     let mut encoder = Encoder::new(bits);
-    encoder.encode(&i, START).ok()?;
+    encoder.encode(&i, mode.start()).ok()?;
     let bytes = encoder.take_buffer();
     // What the decoder makes of it must be this form: some are only other names.
-    let size = if compatibility { CodeSize::Bits32 } else { CodeSize::Bits64 };
+    let size = pick(mode, CodeSize::Bits64, CodeSize::Bits32, CodeSize::Bits16);
     let mut padded = bytes.clone();
     padded.resize(15, 0xcc);
     let decoded = CodeReader::new(&padded, size, features).decode()?;
@@ -276,11 +276,16 @@ pub fn offered(code: Code, features: &Features) -> bool {
 }
 
 /// A random address form. States are made so that it falls into the data (`State` generation reads [`Needs`]).
-fn address(i: &mut Instruction, r: &mut Random, compatibility: bool, vsib: Option<Register>) {
+fn address(i: &mut Instruction, r: &mut Random, mode: Mode, vsib: Option<Register>) {
+    let compatibility = mode != Mode::Long;
     let (first, count) = if compatibility { (Register::EAX, 8) } else { (Register::RAX, 16) };
     let any = |r: &mut Random| first + r.below(count) as u32;
     i.set_memory_displ_size(if compatibility { 4 } else { 8 });
-    let place = DATA + r.below(READ_ONLY - DATA - 64);
+    let place = DATA + r.below(READ_ONLY - DATA - 64) - if mode == Mode::Compat16 { BASE16 } else { 0 };
+    if mode == Mode::Compat16 && vsib.is_none() && r.below(4) != 0 {
+        address16(i, r);
+        return;
+    }
     if let Some(index) = vsib {
         i.set_memory_base(any(r));
         i.set_memory_index(index);
@@ -319,6 +324,40 @@ fn address(i: &mut Instruction, r: &mut Random, compatibility: bool, vsib: Optio
     if i.memory_displacement64() == 0 && i.memory_index() == Register::None {
         // Some bases need a displacement; the encoder adds it if there is room for one.
         i.set_memory_displ_size(1);
+    }
+}
+
+/// One of the address forms of 16-bit code.
+fn address16(i: &mut Instruction, r: &mut Random) {
+    use Register as R;
+    let forms = [
+        (R::BX, R::SI),
+        (R::BX, R::DI),
+        (R::BP, R::SI),
+        (R::BP, R::DI),
+        (R::SI, R::None),
+        (R::DI, R::None),
+        (R::BP, R::None),
+        (R::BX, R::None),
+        (R::None, R::None),
+    ];
+    let (base, index) = forms[r.below(9) as usize];
+    i.set_memory_base(base);
+    i.set_memory_index(index);
+    i.set_memory_displ_size(2);
+    i.set_memory_displacement64(match r.below(3) {
+        0 => u64::from(r.next() as i8 as u16),
+        1 => DATA - BASE16 + r.below(READ_ONLY - DATA - 64),
+        _ => u64::from(r.next() as u16),
+    });
+}
+
+/// By mode: for 64-, 32- and 16-bit code.
+fn pick<T>(mode: Mode, long: T, wide: T, small: T) -> T {
+    match mode {
+        Mode::Long => long,
+        Mode::Compat32 => wide,
+        Mode::Compat16 => small,
     }
 }
 

@@ -1,6 +1,6 @@
 //! Executes the same instructions on the software processor.
 
-use crate::native::{CODE, DATA, DATA_LEN, End, Outcome, READ_ONLY, START, State, XSAVE};
+use crate::native::{BASE16, CODE, CODE16, DATA, DATA_LEN, DATA16, End, Mode, Outcome, READ_ONLY, START, State, XSAVE};
 use partition::{Clock, EngineOptions, Gpa, GuestMemory, PartitionConfig};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -78,12 +78,26 @@ impl Guest {
     }
 
     /// Puts an instruction into the page of code and chooses the mode.
-    pub fn prepare(&mut self, code: &[u8], compatibility: bool) {
+    pub fn prepare(&mut self, code: &[u8], mode: Mode) {
         let mut bytes = [0xcc; 16];
         bytes[..code.len()].copy_from_slice(code);
         self.memory.write(Gpa(CODE_GPA + START - CODE), &bytes).expect("RAM");
         let s = &mut *self.vp.s;
-        s.segments[sreg::CS] = if compatibility { flat(0x23, true, false) } else { flat(0x33, true, true) };
+        let small = |selector, base, code| Segment {
+            base,
+            limit: 0xffff,
+            attr: flat(0, code, false).attr & !(attr::DB | attr::G),
+            selector,
+        };
+        s.segments[sreg::CS] = match mode {
+            Mode::Long => flat(0x33, true, true),
+            Mode::Compat32 => flat(0x23, true, false),
+            Mode::Compat16 => small(CODE16, CODE, true),
+        };
+        for seg in [sreg::DS, sreg::ES] {
+            s.segments[seg] =
+                if mode == Mode::Compat16 { small(DATA16, BASE16, false) } else { flat(0x2b, false, false) };
+        }
         self.vp.activity = partition::Activity::Running;
         self.vp.state_loaded();
     }
@@ -98,7 +112,7 @@ impl Guest {
         s.xsave.0[..XSAVE].copy_from_slice(&case.xsave);
         s.xsave.0[512..576].fill(0);
         s.xsave.0[512] = 7;
-        let repeats = |vp: &SoftVp| vp.s.rip == START;
+        let repeats = |vp: &SoftVp| vp.s.rip == case.rip;
         let mut result = interp::try_step(&mut self.vp);
         // A repetition may be interrupted between elements; no branch of the tester goes to itself.
         while result.is_ok() && repeats(&self.vp) {

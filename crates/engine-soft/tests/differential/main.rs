@@ -17,7 +17,7 @@ mod random;
 
 use forms::{Instance, Needs, excluded, instance, offered};
 use iced_x86::{Code, Mnemonic, Register, RflagsBits};
-use native::{DATA, DATA_LEN, End, Outcome, READ_ONLY, START, State, XSAVE};
+use native::{BASE16, DATA, DATA_LEN, End, Mode, Outcome, READ_ONLY, State, XSAVE};
 use random::Random;
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -39,8 +39,11 @@ fn place(r: &mut Random) -> u64 {
     }
 }
 
-fn state(needs: &Needs, mnemonic: Mnemonic, compatibility: bool, r: &mut Random) -> State {
-    let mut s = State { gprs: [0; 16], rip: START, rflags: 0, xsave: [0; XSAVE] };
+fn state(needs: &Needs, mnemonic: Mnemonic, mode: Mode, r: &mut Random) -> State {
+    let mut s = State { gprs: [0; 16], rip: mode.start(), rflags: 0, xsave: [0; XSAVE] };
+    // What is added to offsets in DS and ES.
+    let base16 = if mode == Mode::Compat16 { BASE16 } else { 0 };
+    let compatibility = mode != Mode::Long;
     for v in &mut s.gprs {
         *v = r.value();
     }
@@ -63,7 +66,7 @@ fn state(needs: &Needs, mnemonic: Mnemonic, compatibility: bool, r: &mut Random)
     }
     if needs.implicit {
         for n in [gpr::RSI, gpr::RDI, gpr::RBX] {
-            s.gprs[n] = place(r);
+            s.gprs[n] = place(r) - base16;
         }
         if r.below(8) != 0 {
             s.gprs[gpr::RCX] = r.below(80);
@@ -81,6 +84,8 @@ fn state(needs: &Needs, mnemonic: Mnemonic, compatibility: bool, r: &mut Random)
     }
     if let Some((base, index, scale, displacement)) = needs.memory {
         let target = if needs.vsib.is_some() { DATA + 0xc00 + r.below(512) } else { place(r) };
+        let stack = matches!(base.full_register(), Register::RSP | Register::RBP);
+        let target = if stack { target } else { target - base16 };
         let general = |reg: Register| reg.is_gpr().then(|| reg.number());
         let mut scaled = 0u64;
         match (general(base), general(index)) {
@@ -294,12 +299,12 @@ fn env(name: &str) -> Option<u64> {
 }
 
 /// Executes one instance from [`STATES`] states on both; returns descriptions of differences.
-fn round(guest: &mut guest::Guest, made: &Instance, compatibility: bool, r: &mut Random) -> Vec<String> {
+fn round(guest: &mut guest::Guest, made: &Instance, mode: Mode, r: &mut Random) -> (Vec<String>, u64) {
     let mnemonic = made.instruction.mnemonic();
-    let cases: Vec<State> = (0..STATES).map(|_| state(&made.needs, mnemonic, compatibility, r)).collect();
+    let cases: Vec<State> = (0..STATES).map(|_| state(&made.needs, mnemonic, mode, r)).collect();
     let memory = memory(r, mnemonic);
-    let native = native::run(&made.bytes, cases.clone(), memory.clone(), compatibility);
-    guest.prepare(&made.bytes, compatibility);
+    let native = native::run(&made.bytes, cases.clone(), memory.clone(), mode);
+    guest.prepare(&made.bytes, mode);
     let undefined = undefined_flags(&made.instruction);
     // Instructions that store or load an image piece by piece do so in an order of their own.
     let image = is_image(mnemonic);
@@ -320,12 +325,14 @@ fn round(guest: &mut guest::Guest, made: &Instance, compatibility: bool, r: &mut
             ));
         }
     }
-    differences
+    let completed = native.iter().filter(|o| o.end == End::Done).count() as u64;
+    (differences, completed)
 }
 
 #[derive(Default)]
 struct Coverage {
     executions: u64,
+    /// The instruction completed (did not fault) at least once.
     completed: bool,
     differences: u64,
 }
@@ -349,6 +356,7 @@ fn every_form_behaves_as_on_the_host() {
     let mut executions = 0;
     let mut differences = 0;
     let mut pass = 0u64;
+    let mut by_mode: BTreeMap<u32, (u64, u64)> = BTreeMap::new();
     let mut dead = std::collections::HashSet::new();
     'all: loop {
         let before = executions;
@@ -360,9 +368,14 @@ fn every_form_behaves_as_on_the_host() {
                 continue;
             }
             let info = code.op_code();
-            let compatibility = info.mode32() && (!info.mode64() || pass % 4 == 3);
+            let mode = match pass % 8 {
+                3 | 6 if info.mode32() => Mode::Compat32,
+                5 | 7 if info.mode16() => Mode::Compat16,
+                _ if !info.mode64() => Mode::Compat32,
+                _ => Mode::Long,
+            };
             let mut r = Random(seed ^ (code as u64).wrapping_mul(0x1234_5678_9abc_def1) ^ pass << 48);
-            let Some(made) = (0..24).find_map(|_| instance(code, compatibility, &features, &mut r)) else {
+            let Some(made) = (0..24).find_map(|_| instance(code, mode, &features, &mut r)) else {
                 if pass == 0 {
                     dead.insert(code);
                 }
@@ -371,16 +384,19 @@ fn every_form_behaves_as_on_the_host() {
             if trace {
                 println!("{code:?} {:02x?} {:?}", made.bytes, made.instruction.mnemonic());
             }
-            let found = round(&mut guest, &made, compatibility, &mut r);
+            let (found, completed) = round(&mut guest, &made, mode, &mut r);
             let c = coverage.entry(code as usize).or_default();
             c.executions += STATES as u64;
             executions += STATES as u64;
-            c.completed = true;
+            c.completed |= completed > 0;
+            let of_mode = by_mode.entry(mode.bits()).or_insert((0, 0));
+            of_mode.0 += STATES as u64;
+            of_mode.1 += completed;
             c.differences += found.len() as u64;
             differences += found.len() as u64;
             if let Some(first) = found.first() {
                 if c.differences <= STATES as u64 {
-                    println!("DIFFERENCE {code:?} (pass {pass}, {} of {STATES} states): {first}", found.len());
+                    println!("DIFFERENCE {code:?} {mode:?} (pass {pass}, {} of {STATES} states): {first}", found.len());
                 }
             }
             if executions >= total {
@@ -410,6 +426,11 @@ fn every_form_behaves_as_on_the_host() {
             println!("            {codes:?}");
         }
     }
+    for (bits, (executed, completed)) in &by_mode {
+        println!("{executed:>8}  executions of {bits}-bit code, {completed} of them without a fault");
+    }
+    let never = coverage.values().filter(|c| !c.completed).count();
+    println!("{never:>8}  forms that always fault here (privileged, undefined)");
     println!("executions {executions}, passes {}, differences {differences}", pass + 1);
     for (code, c) in coverage.iter().filter(|(_, c)| c.differences > 0) {
         println!(

@@ -17,6 +17,34 @@ pub const READ_ONLY: u64 = DATA + DATA_LEN as u64;
 pub const CODE: u64 = 0x4100_0000;
 /// Where in it the instruction is.
 pub const START: u64 = CODE + 0x400;
+/// In 16-bit code, the base of DS and ES; SS stays flat and 32-bit, CS starts at [`CODE`].
+pub const BASE16: u64 = DATA - 0x1000;
+/// Selectors of the 16-bit segments, in the local descriptor table.
+pub const CODE16: u16 = 0x07;
+pub const DATA16: u16 = 0x0f;
+
+/// What kind of code is executed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    Long,
+    Compat32,
+    Compat16,
+}
+
+impl Mode {
+    pub fn bits(self) -> u32 {
+        match self {
+            Mode::Long => 64,
+            Mode::Compat32 => 32,
+            Mode::Compat16 => 16,
+        }
+    }
+    /// Offset of the instruction in the code segment.
+    pub fn start(self) -> u64 {
+        if self == Mode::Compat16 { START - CODE } else { START }
+    }
+}
+
 /// Bytes of the register image: FXSAVE area, XSAVE header, upper halves of YMM.
 pub const XSAVE: usize = 832;
 
@@ -49,7 +77,7 @@ struct Batch {
     cases: Vec<State>,
     outcomes: Vec<Outcome>,
     memory: Vec<u8>,
-    compatibility: bool,
+    mode: Mode,
     /// Interrupted state of the tester itself.
     own: Option<([libc::greg_t; 23], Vec<u8>)>,
 }
@@ -86,7 +114,11 @@ unsafe fn load(batch: &Batch, uc: &mut libc::ucontext_t, n: usize) {
     }
     g[libc::REG_RIP as usize] = case.rip as i64;
     g[libc::REG_EFL as usize] = case.rflags as i64 | 0x202;
-    let cs: i64 = if batch.compatibility { 0x23 } else { 0x33 };
+    let cs: i64 = match batch.mode {
+        Mode::Long => 0x33,
+        Mode::Compat32 => 0x23,
+        Mode::Compat16 => CODE16.into(),
+    };
     g[libc::REG_CSGSFS as usize] = g[libc::REG_CSGSFS as usize] & !0xffff | cs;
     // SAFETY: the kernel's frame holds an XSAVE area in the standard format; bytes 464-511 are the kernel's.
     unsafe {
@@ -98,7 +130,7 @@ unsafe fn load(batch: &Batch, uc: &mut libc::ucontext_t, n: usize) {
     }
 }
 
-unsafe fn save(uc: &libc::ucontext_t) -> Outcome {
+unsafe fn save(uc: &libc::ucontext_t, start: u64) -> Outcome {
     let g = &uc.uc_mcontext.gregs;
     let mut state = State { gprs: [0; 16], rip: 0, rflags: 0, xsave: [0; XSAVE] };
     for (to, reg) in state.gprs.iter_mut().zip(ORDER) {
@@ -129,7 +161,7 @@ unsafe fn save(uc: &libc::ucontext_t) -> Outcome {
     let end = if vector == 3 {
         state.rip -= 1;
         End::Done
-    } else if state.rip != START {
+    } else if state.rip != start {
         // The instruction completed, and what it jumped to cannot be fetched.
         End::Done
     } else {
@@ -160,7 +192,7 @@ extern "C" fn handler(signal: i32, _: *mut libc::siginfo_t, context: *mut libc::
             None => {
                 batch.own = Some((uc.uc_mcontext.gregs, std::slice::from_raw_parts(fp, XSAVE).to_vec()));
             }
-            Some(_) => batch.outcomes.push(save(uc)),
+            Some(_) => batch.outcomes.push(save(uc, batch.mode.start())),
         }
         let next = batch.outcomes.len();
         if next < batch.cases.len() {
@@ -211,21 +243,40 @@ pub fn init() {
         for signal in [libc::SIGTRAP, libc::SIGSEGV, libc::SIGBUS, libc::SIGFPE, libc::SIGILL] {
             assert_eq!(libc::sigaction(signal, &raw const action, std::ptr::null_mut()), 0);
         }
-        std::arch::asm!("mov ds, {0:x}", "mov es, {0:x}", in(reg) 0x2bu32);
+        local_descriptor(CODE16 >> 3, CODE, 2);
+        local_descriptor(DATA16 >> 3, BASE16, 0);
+        load_data_segments(0x2b);
     }
 }
 
+/// Loads DS and ES, which 64-bit code does not look at.
+unsafe fn load_data_segments(selector: u16) {
+    // SAFETY: every selector that is given is valid in this process.
+    unsafe { std::arch::asm!("mov ds, {0:x}", "mov es, {0:x}", in(reg) selector) }
+}
+
+/// Makes a 16-bit segment of 64 KiB: contents 0 is data, 2 is code (modify_ldt(2)).
+fn local_descriptor(entry: u16, base: u64, contents: u32) {
+    let descriptor = [u32::from(entry), base as u32, 0xffff, contents << 1];
+    // SAFETY: a `user_desc` of 16 bytes, as the kernel wants it.
+    let result = unsafe { libc::syscall(libc::SYS_modify_ldt, 1, descriptor.as_ptr(), 16usize) };
+    assert_eq!(result as i32, 0, "modify_ldt: {}", std::io::Error::last_os_error());
+}
+
 /// Executes one instruction from each of the states, with this memory.
-pub fn run(code: &[u8], cases: Vec<State>, memory: Vec<u8>, compatibility: bool) -> Vec<Outcome> {
+pub fn run(code: &[u8], cases: Vec<State>, memory: Vec<u8>, mode: Mode) -> Vec<Outcome> {
     assert!(memory.len() == DATA_LEN && !cases.is_empty());
     let n = cases.len();
-    let mut batch = Batch { cases, outcomes: Vec::with_capacity(n), memory, compatibility, own: None };
+    let mut batch = Batch { cases, outcomes: Vec::with_capacity(n), memory, mode, own: None };
     // SAFETY: the code page is ours; the handler takes it from the INT3 and comes back to behind it.
     unsafe {
         std::ptr::write_bytes(START as *mut u8, 0xcc, 16);
         std::ptr::copy_nonoverlapping(code.as_ptr(), START as *mut u8, code.len());
         BATCH.store(&raw mut batch, Ordering::SeqCst);
+        let data = if mode == Mode::Compat16 { DATA16 } else { 0x2b };
+        load_data_segments(data);
         std::arch::asm!("int3");
+        load_data_segments(0x2b);
     }
     batch.outcomes
 }
