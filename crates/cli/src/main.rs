@@ -12,6 +12,7 @@
 //! It may use: `worker`, and what later commands need. It must never know: devices, engines.
 #![forbid(unsafe_code)]
 
+mod guest;
 mod run;
 mod size;
 
@@ -31,6 +32,8 @@ struct Cli {
 enum Command {
     /// Boot a Linux kernel in a virtual machine with its serial port on this terminal.
     Run(Box<run::Args>),
+    /// Ask something of a running guest: status, data exchange, shutdown, backup, file copy.
+    Guest(guest::Args),
 }
 
 fn main() -> ExitCode {
@@ -40,5 +43,6 @@ fn main() -> ExitCode {
     tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
     match cli.command {
         Command::Run(args) => run::run(*args, started),
+        Command::Guest(args) => guest::run(args),
     }
 }

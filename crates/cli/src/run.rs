@@ -53,6 +53,9 @@ pub struct Args {
     /// Hyper-V's interface for the guest: CPUID, MSRs, hypercalls, VMBus [default: on with --disk or --dvd]
     #[arg(long, value_enum)]
     hyperv: Option<OnOff>,
+    /// Name of the machine, for `viridian guest NAME`; or the path of its control socket
+    #[arg(long, value_name = "NAME")]
+    name: Option<String>,
     /// Print counters to standard error at the end
     #[arg(long)]
     stats: bool,
@@ -121,6 +124,7 @@ pub fn run(args: Args, started: Instant) -> ExitCode {
         },
         engine_options: EngineOptions { translate, ..EngineOptions::default() },
         serial: args.serial,
+        control: args.name.as_deref().map(worker::control::socket_path),
         save: args.save,
         stats: args.stats,
         started,

@@ -20,7 +20,6 @@ pub struct MachineConfig {
     /// What is loaded at every start and reset.
     pub boot: BootSource,
     /// Units of the synthetic SCSI controllers (with `hyperv` only).
-    #[serde(default)]
     pub storage: Vec<StorageUnit>,
 }
 

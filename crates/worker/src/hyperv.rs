@@ -67,7 +67,8 @@ impl Devices {
         abilities: Abilities,
         cpu_signature: u32,
     ) -> Result<Self, WorkerError> {
-        let mut storage = BTreeMap::new();
+        // The first controller is always there: units can be added to it later.
+        let mut storage = BTreeMap::from([(0, StorageController::new(0, config.processors))]);
         for unit_config in &config.storage {
             let number = unit_config.controller;
             if number >= MOST_CONTROLLERS {

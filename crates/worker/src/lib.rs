@@ -12,6 +12,7 @@
 //! It may use: `machine`, `chipset` (serial backends), the engines. It must never know: command lines, inventories.
 #![forbid(unsafe_code)]
 
+pub mod control;
 pub mod engines;
 pub mod hyperv;
 pub mod run;

@@ -1,5 +1,6 @@
 //! The run loop.
 
+use crate::control::Control;
 use crate::engines::{self, EngineChoice};
 use crate::hyperv::Devices;
 use crate::serial::{Plugged, SerialTarget};
@@ -37,6 +38,8 @@ pub struct RunOptions {
     pub engine_options: EngineOptions,
     /// COM1.
     pub serial: SerialTarget,
+    /// Control socket (with Hyper-V's interface only).
+    pub control: Option<PathBuf>,
     /// Where SIGUSR1 saves the machine.
     pub save: Option<PathBuf>,
     /// Print counters to standard error at the end.
@@ -145,7 +148,7 @@ pub fn run(options: &RunOptions) -> Result<Outcome, WorkerError> {
     let devices = match config.hyperv {
         true => {
             let signature = cpuid.first().map_or(0, |t| t.get(1, 0).eax);
-            Some(Devices::new(&config, &base, engine.abilities(), signature)?)
+            Some(Arc::new(Devices::new(&config, &base, engine.abilities(), signature)?))
         }
         false if !config.storage.is_empty() => {
             return Err(WorkerError::Setup("--disk and --dvd are on VMBus and need --hyperv on".into()));
@@ -179,7 +182,16 @@ pub fn run(options: &RunOptions) -> Result<Outcome, WorkerError> {
     let startup = options.started.elapsed();
     let begun = Instant::now();
     machine.resume().map_err(WorkerError::Failed)?;
+    let control = match (&options.control, &devices) {
+        (Some(path), Some(devices)) => Some(
+            Control::start(path, devices.clone())
+                .map_err(|e| WorkerError::Setup(format!("control socket {}: {e}", path.display())))?,
+        ),
+        (Some(_), None) => return Err(WorkerError::Setup("--name needs --hyperv on".into())),
+        (None, _) => None,
+    };
     let result = serve(&machine, &wakes, options);
+    drop(control);
     let stopped = machine.pause().map_err(WorkerError::Failed);
     plugged.backend.flush(Duration::from_secs(2));
     // The terminal comes back before anything else is printed on it.
