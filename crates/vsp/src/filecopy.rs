@@ -69,7 +69,9 @@ impl FileCopy {
         let field = |text: &str| {
             utf16(text, PATH_BYTES).ok_or_else(|| ServiceError::Host(format!("'{text}' is longer than 259 characters")))
         };
-        let (name, directory) = (field(name)?, field(directory)?);
+        // Linux's daemon puts directory and name together as they are, and makes a directory for each slash.
+        let directory = if directory.ends_with('/') { directory.to_string() } else { format!("{directory}/") };
+        let (name, directory) = (field(name)?, field(&directory)?);
         let mut body = request(OP_START, HEADER + 2 * PATH_BYTES + 12);
         body[HEADER..HEADER + name.len()].copy_from_slice(&name);
         let at = HEADER + PATH_BYTES;
