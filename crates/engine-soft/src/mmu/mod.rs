@@ -93,6 +93,8 @@ pub struct Mmu {
     supervisor_ac: TlbSet,
     users: Vec<UserSpace>,
     current_user: usize,
+    /// The privilege for which [`SoftVp::select_tlb`] chose last.
+    selected_user: bool,
     switches: u64,
     /// Never filled: in use while every access must go the slow way (alignment checking).
     empty: TlbSet,
@@ -114,6 +116,7 @@ impl Mmu {
             supervisor_ac: TlbSet::new(),
             users: vec![UserSpace { set: TlbSet::new(), pcid: 0, used: 0 }],
             current_user: 0,
+            selected_user: false,
             switches: 0,
             empty: TlbSet::new(),
             a20_mask: u64::MAX,
@@ -171,7 +174,12 @@ impl SoftVp {
             if self.alignment_checked() { self.mmu.empty.base() } else { self.mmu.set(self.access_class()).base() };
         self.s.tlb.data = data;
         self.s.tlb.system = self.mmu.supervisor.base();
-        self.s.tlb.code_epoch += 1;
+        // What may be fetched depends on the privilege level only as far as user or supervisor.
+        let user = self.s.cpl == 3;
+        if self.mmu.selected_user != user {
+            self.mmu.selected_user = user;
+            self.s.tlb.code_epoch += 1;
+        }
     }
 
     /// The page that holds the instruction at `la`, at the current privilege.
@@ -190,7 +198,7 @@ impl SoftVp {
         let walked = self.walk(la, Intent::Fetch, class)?;
         let gpa = walked.gpa & !PAGE_MASK;
         let host = self.phys_page(gpa).map_or(std::ptr::null_mut(), |p| p.host);
-        self.mmu.set(class).code_fill(la & !PAGE_MASK, gpa, host, walked.shift);
+        self.mmu.set(class).code_fill(la & !PAGE_MASK, gpa, host, walked.shift, walked.global);
         Ok(CodePage { gpa, host })
     }
 
@@ -292,6 +300,7 @@ impl SoftVp {
         user.pcid = pcid;
         user.used = mmu.switches;
         mmu.current_user = chosen;
+        self.s.tlb.code_epoch += 1;
         self.select_tlb();
     }
 

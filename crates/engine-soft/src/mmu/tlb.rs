@@ -109,8 +109,9 @@ struct CodeEntry {
     page: u64,
     gpa: u64,
     host: u64,
-    /// The set's epoch at which the entry was made; 0: never.
+    /// The set's epoch (of its kind) at which the entry was made; 0: never.
     epoch: u64,
+    global: bool,
 }
 
 /// A data-side table with its instruction side.
@@ -122,8 +123,8 @@ pub struct TlbSet {
     large: u64,
     huge: u64,
     code: Box<[CodeEntry; CODE_SLOTS]>,
-    /// Instruction-side entries of other epochs are empty.
-    code_epoch: u64,
+    /// Instruction-side entries of other epochs are empty: epochs of local and of global entries.
+    code_epochs: [u64; 2],
     code_large: bool,
 }
 
@@ -145,7 +146,7 @@ impl TlbSet {
             large: 0,
             huge: 0,
             code: Box::new([CodeEntry::default(); CODE_SLOTS]),
-            code_epoch: 1,
+            code_epochs: [1; 2],
             code_large: false,
         }
     }
@@ -205,7 +206,7 @@ impl TlbSet {
             }
         }
         self.local.clear();
-        self.flush_code();
+        self.code_epochs[0] += 1;
     }
 
     /// Drops every entry.
@@ -224,7 +225,7 @@ impl TlbSet {
 
     /// Drops the instruction side.
     pub fn flush_code(&mut self) {
-        self.code_epoch += 1;
+        self.code_epochs = self.code_epochs.map(|e| e + 1);
         self.code_large = false;
     }
 
@@ -276,14 +277,14 @@ impl TlbSet {
     #[inline]
     pub fn code_lookup(&self, page: u64) -> Option<(u64, *mut u8)> {
         let e = &self.code[(page >> 12) as usize & (CODE_SLOTS - 1)];
-        (e.page == page && e.epoch == self.code_epoch).then_some((e.gpa, e.host as *mut u8))
+        (e.page == page && e.epoch == self.code_epochs[usize::from(e.global)]).then_some((e.gpa, e.host as *mut u8))
     }
 
     /// Enters an instruction page.
-    pub fn code_fill(&mut self, page: u64, gpa: u64, host: *mut u8, shift: u32) {
+    pub fn code_fill(&mut self, page: u64, gpa: u64, host: *mut u8, shift: u32, global: bool) {
         self.code_large |= shift > 12;
         self.code[(page >> 12) as usize & (CODE_SLOTS - 1)] =
-            CodeEntry { page, gpa, host: host as u64, epoch: self.code_epoch };
+            CodeEntry { page, gpa, host: host as u64, epoch: self.code_epochs[usize::from(global)], global };
     }
 }
 
@@ -382,11 +383,17 @@ mod tests {
     fn instruction_side() {
         let mut set = TlbSet::new();
         assert!(set.code_lookup(0).is_none());
-        set.code_fill(0x1000, 0x9000, std::ptr::null_mut(), 12);
+        set.code_fill(0x1000, 0x9000, std::ptr::null_mut(), 12, false);
+        set.code_fill(0x2000, 0xa000, std::ptr::null_mut(), 12, true);
+        set.flush_local();
+        assert!(set.code_lookup(0x1000).is_none() && set.code_lookup(0x2000).is_some());
+        set.flush_all();
+        assert!(set.code_lookup(0x2000).is_none());
+        set.code_fill(0x1000, 0x9000, std::ptr::null_mut(), 12, false);
         assert_eq!(set.code_lookup(0x1000).map(|c| c.0), Some(0x9000));
         set.invalidate(0x1008);
         assert!(set.code_lookup(0x1000).is_none());
-        set.code_fill(0x1000, 0x9000, std::ptr::null_mut(), 21);
+        set.code_fill(0x1000, 0x9000, std::ptr::null_mut(), 21, true);
         set.invalidate(0x5000);
         assert!(set.code_lookup(0x1000).is_none());
     }
