@@ -29,6 +29,7 @@ const NOT_KVMS: &[Bit] = &[
 const HOSTS_TRUTH: &[Bit] = &[
     bits::SPEC_CTRL,
     bits::ARCH_CAPABILITIES,
+    bits::BHI_CTRL,
     bits::INTEL_STIBP,
     bits::INTEL_SSBD,
     bits::AMD_IBPB,

@@ -286,7 +286,10 @@ impl SoftVp {
             msr::SPEC_CTRL if self.features.has(&bits::SPEC_CTRL) || self.features.has(&bits::AMD_IBRS) => {
                 let stibp = self.features.has(&bits::INTEL_STIBP) || self.features.has(&bits::AMD_STIBP);
                 let ssbd = self.features.has(&bits::INTEL_SSBD) || self.features.has(&bits::AMD_SSBD);
-                self.msrs.spec_ctrl = only(value, 1 | u64::from(stibp) << 1 | u64::from(ssbd) << 2)?;
+                // BHI_DIS_S: without indirect-branch history there is nothing to disable.
+                let bhi = self.features.has(&bits::BHI_CTRL);
+                let allowed = 1 | u64::from(stibp) << 1 | u64::from(ssbd) << 2 | u64::from(bhi) << 10;
+                self.msrs.spec_ctrl = only(value, allowed)?;
             }
             msr::PRED_CMD if self.features.has(&bits::SPEC_CTRL) || self.features.has(&bits::AMD_IBPB) => {
                 only(value, 1)?;

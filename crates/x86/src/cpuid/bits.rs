@@ -144,6 +144,7 @@ bits! {
     INTEL_STIBP = 7 . 0 Edx 27;
     ARCH_CAPABILITIES = 7 . 0 Edx 29;
     INTEL_SSBD = 7 . 0 Edx 31;
+    BHI_CTRL = 7 . 2 Edx 4;
     XSAVEOPT = 0xd . 1 Eax 0;
     XSAVEC = 0xd . 1 Eax 1;
     XGETBV1 = 0xd . 1 Eax 2;

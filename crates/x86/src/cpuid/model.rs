@@ -220,7 +220,8 @@ impl CpuModel {
         }
         features.append(&mut needed);
         match vendor {
-            Vendor::Intel => features.extend([bits::ARCH_CAPABILITIES, bits::SPEC_CTRL]),
+            // Linux does not look at BHI_NO; with the control bit it needs no clearing sequence at every system call.
+            Vendor::Intel => features.extend([bits::ARCH_CAPABILITIES, bits::SPEC_CTRL, bits::BHI_CTRL]),
             Vendor::Amd => features.extend([
                 bits::CR8_LEGACY,
                 bits::MMXEXT,
@@ -281,7 +282,11 @@ impl CpuModel {
             },
         );
         t.set(6, None, CpuidResult::default());
-        t.set(7, Some(0), CpuidResult::default());
+        let subleaves = if amd { 0 } else { 2 };
+        for subleaf in 0..=subleaves {
+            let eax = if subleaf == 0 { subleaves } else { 0 };
+            t.set(7, Some(subleaf), CpuidResult { eax, ..Default::default() });
+        }
         self.topology(&mut t, apic_id, vp_count);
         self.caches(&mut t, vp_count);
         self.frequency(&mut t, tsc_hz);
@@ -354,13 +359,10 @@ impl CpuModel {
     }
 
     fn frequency(&self, t: &mut CpuidTable, tsc_hz: u64) {
-        // Leaf 0x15: TSC = crystal * EBX / EAX. Reduced as far as needed to fit; exact for any TSC below 4.29 GHz.
-        let divisor = gcd(tsc_hz, APIC_TIMER_HZ).max(1);
-        let (mut n, mut d) = (tsc_hz / divisor, APIC_TIMER_HZ / divisor);
-        while n > u64::from(u32::MAX) {
-            n >>= 1;
-            d >>= 1;
-        }
+        // Leaf 0x15: TSC = crystal * EBX / EAX. Linux multiplies the crystal in kHz by EBX in 32 bits, so that EBX is kept
+        // small; the best fraction under that bound is off by less than 1 part in a million.
+        let most = u64::from(u32::MAX) / (APIC_TIMER_HZ / 1000);
+        let (n, d) = best_fraction(tsc_hz, APIC_TIMER_HZ, most);
         t.set(0x15, None, CpuidResult { eax: d as u32, ebx: n as u32, ecx: APIC_TIMER_HZ as u32, edx: 0 });
         let mhz = (tsc_hz / 1_000_000).min(0xffff) as u32;
         t.set(0x16, None, CpuidResult { eax: mhz, ebx: mhz, ecx: 100, edx: 0 });
@@ -410,9 +412,23 @@ fn xsave_leaves(t: &mut CpuidTable) {
     t.set(0xd, Some(2), avx);
 }
 
-fn gcd(mut a: u64, mut b: u64) -> u64 {
-    while b != 0 {
-        (a, b) = (b, a % b);
+/// The fraction nearest to `n / d` whose numerator is at most `most`: the last convergent of the continued fraction that
+/// fits, or the best intermediate one behind it.
+fn best_fraction(n: u64, d: u64, most: u64) -> (u64, u64) {
+    let (mut n, mut d) = (n, d.max(1));
+    let (mut p0, mut q0, mut p1, mut q1) = (0u64, 1u64, 1u64, 0u64);
+    while d != 0 {
+        let digit = n / d;
+        if p1 != 0 && digit > (most - p0) / p1 {
+            // At least half of the digit gives a better approximation than leaving it out.
+            let part = (most - p0) / p1;
+            if part * 2 > digit {
+                (p1, q1) = (part * p1 + p0, part * q1 + q0);
+            }
+            break;
+        }
+        (p0, q0, p1, q1) = (p1, q1, digit * p1 + p0, digit * q1 + q0);
+        (n, d) = (d, n % d);
     }
-    a
+    (p1.max(1), q1.max(1))
 }
