@@ -410,8 +410,9 @@ impl SoftVp {
                 let s = self.s.segments[seg];
                 let conforming =
                     s.attr & (attr::TYPE_CODE | attr::TYPE_CONFORMING) == attr::TYPE_CODE | attr::TYPE_CONFORMING;
-                if !s.usable() || (s.dpl() < cpl && !conforming) {
-                    self.s.segments[seg] = self.null_segment(seg, 0);
+                // A register that is null already keeps its base: in 64-bit mode FS and GS have theirs with a null selector.
+                if s.usable() && s.dpl() < cpl && !conforming {
+                    self.s.segments[seg] = Segment { attr: attr::UNUSABLE, selector: 0, ..s };
                 }
             }
         }

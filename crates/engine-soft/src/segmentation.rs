@@ -319,11 +319,12 @@ impl SoftVp {
         Ok(d.segment)
     }
 
-    /// A data segment register loaded with a null selector. AMD's processors leave base and limit as they were
-    /// (APM volume 2, section 4.5.3), Intel's clear them.
+    /// A data segment register loaded with a null selector. Intel's processors clear base and limit, AMD's do so if CPUID
+    /// says NullSelectorClearsBase and leave them as they were otherwise (APM volume 2, section 4.5.3).
     pub fn null_segment(&self, seg: usize, selector: u16) -> Segment {
         let old = self.s.segments[seg];
-        let (base, limit) = if self.vendor_is_amd() { (old.base, old.limit) } else { (0, 0) };
+        let keeps = self.vendor_is_amd() && !self.features.has(&x86::cpuid::bits::NULL_SEL_CLR_BASE);
+        let (base, limit) = if keeps { (old.base, old.limit) } else { (0, 0) };
         Segment { base, limit, attr: attr::UNUSABLE, selector }
     }
 }

@@ -676,3 +676,53 @@ fn remote_flushes_do_not_deadlock() {
     assert_eq!(b.run(LIMIT), 5);
     thread.join().unwrap();
 }
+
+/// The x86-64-v2 table of a vendor.
+fn table_of(vendor: &'static [u8; 4]) -> x86::cpuid::CpuidTable {
+    let host = move |leaf, sub| {
+        let mut r = x86::cpuid::host_cpuid(leaf, sub);
+        if leaf == 0 {
+            r.ebx = u32::from_le_bytes(*vendor);
+        }
+        r
+    };
+    let hz = partition::Clock::new().tsc_frequency_hz();
+    x86::cpuid::CpuModel::by_name_on("x86-64-v2", host).unwrap().table(0, 1, hz)
+}
+
+#[test]
+fn fs_base_survives_iret_to_user_and_not_a_null_load() {
+    for vendor in [b"Genu", b"Auth"] {
+        let memory = partition::GuestMemory::with_ram(RAM, 0xc000_0000..1 << 32, false).unwrap();
+        let mut b = Bench::with_tables(&SoftEngine::new(), vec![table_of(vendor)], memory);
+        b.memory.write_plain(partition::Gpa(DATA), &0x1111_2222u64).unwrap();
+        b.memory.write_plain(partition::Gpa(0x10), &0x3333u64).unwrap();
+        b.code(CODE + 0x1000, |a| {
+            let report = |a: &mut CodeAssembler| {
+                a.mov(dx, u32::from(PORT_LOG)).unwrap();
+                a.out(dx, eax).unwrap();
+            };
+            // In user mode: the base is still there; loading the null selector clears it.
+            a.mov(rax, qword_ptr(0).fs()).unwrap();
+            report(a);
+            a.xor(eax, eax).unwrap();
+            a.mov(fs, eax).unwrap();
+            a.mov(rax, qword_ptr(0x10).fs()).unwrap();
+            report(a);
+            done(a, 1);
+        });
+        b.code(CODE, |a| {
+            a.xor(eax, eax).unwrap();
+            a.mov(fs, eax).unwrap();
+            a.mov(ds, eax).unwrap();
+            wrmsr(a, 0xc000_0100, DATA);
+            for value in [0x1b, DATA as i32 + 0x4000, 0x3002, 0x23, CODE as i32 + 0x1000] {
+                a.push(value).unwrap();
+            }
+            a.iretq().unwrap();
+        });
+        b.start_at(CODE);
+        assert_eq!(b.run(LIMIT), 1);
+        assert_eq!(b.log(), [0x1111_2222, 0x3333], "{vendor:?}");
+    }
+}

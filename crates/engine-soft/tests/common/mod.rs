@@ -187,7 +187,10 @@ impl Bench {
         for i in 0..2048u64 {
             self.memory.write_plain(Gpa(PD + 8 * i), &(i << 21 | P | RW | US | PS)).unwrap();
         }
-        for (i, d) in [0u64, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff].into_iter().enumerate() {
+        // Null, kernel code and data, user data and code.
+        let user = [0x00cf_f300_0000_ffff, 0x00af_fb00_0000_ffff];
+        let descriptors = [0u64, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff, user[0], user[1]];
+        for (i, d) in descriptors.into_iter().enumerate() {
             self.memory.write_plain(Gpa(GDT + 8 * i as u64), &d).unwrap();
         }
     }
@@ -219,7 +222,7 @@ impl Bench {
         let code = Segment { attr: attr::P | attr::S | attr::L | attr::G | 0xb, selector: 8, ..data };
         s.segments = [data; 6];
         s.segments[sreg::CS] = code;
-        s.gdtr = TableRegister { base: GDT, limit: 23 };
+        s.gdtr = TableRegister { base: GDT, limit: 39 };
         s.idtr = TableRegister { base: IDT, limit: 0xfff };
         s.cr0 = cr0::PE | cr0::PG | cr0::NE | cr0::ET | cr0::WP | cr0::MP;
         s.cr3 = PML4;
