@@ -395,7 +395,17 @@ fn restore(vp: &mut SoftVp, insn: &Insn, supervisor: bool) -> Exec {
     }
     let bytes = 16 * register_count(vp);
     let image = &mut vp.s.xsave;
+    // Registers that the mode does not have keep their values, also where a component gets its initial ones.
+    let beyond = [legacy::XMM0 + 128, xsave::AVX_OFFSET + 128].map(|at| (at, part::<128>(image, at)));
     initialise(image, rfbm & !stored);
+    if bytes == 128 {
+        for ((at, kept), component) in beyond.iter().zip([xcr0::SSE, xcr0::AVX]) {
+            if kept.iter().any(|b| *b != 0) {
+                put(image, *at, kept);
+                set_in_use(image, in_use(image) | component);
+            }
+        }
+    }
     if mxcsr_loaded {
         put(image, legacy::MXCSR, &mxcsr.to_le_bytes());
     } else if compact && rfbm & xcr0::SSE != 0 {

@@ -137,6 +137,11 @@ pub fn cmpxchg8b(vp: &mut SoftVp, op: &Op) -> Exec {
 
 /// CMPXCHG16B: the operand must be aligned.
 pub fn cmpxchg16b(vp: &mut SoftVp, op: &Op) -> Exec {
+    // In 64-bit mode alignment comes before the canonical form.
+    let plain = field(vp, op.seg.into()).wrapping_add(offset(vp, op) & mask(op.addr));
+    if op.flags & flag::LONG != 0 && plain & 15 != 0 {
+        return Err(Fault::GP0);
+    }
     let la = linear(vp, op, 0, 16, Want::Write)?;
     if la & 15 != 0 {
         return Err(Fault::GP0);

@@ -105,7 +105,9 @@ fn masked_move(vp: &mut SoftVp, insn: &Insn, size: usize) -> Exec {
     let selected: Vec<usize> = (0..count).filter(|n| mask[n * size + size - 1] & 0x80 != 0).collect();
     let want = if store { Want::Write } else { Want::Read };
     // With nothing selected not even the address is looked at.
-    let address = if selected.is_empty() { 0 } else { operand::linear(vp, insn, size, want)? };
+    // Otherwise the segment's limit counts for the whole operand, in 64-bit mode the canonical form for each element.
+    let checked = if vp.s.code_size == CodeSize::Bits64 { size } else { register.size() };
+    let address = if selected.is_empty() { 0 } else { operand::linear(vp, insn, checked, want)? };
     if store {
         let data = xstate::ymm(&vp.s.xsave, number(register));
         for n in &selected {

@@ -60,6 +60,11 @@ fn state(needs: &Needs, mnemonic: Mnemonic, mode: Mode, r: &mut Random) -> State
     if matches!(mnemonic, Mnemonic::Leave | Mnemonic::Enter) {
         s.gprs[gpr::RBP] = place(r);
     }
+    if is_xsave(mnemonic) {
+        // The host has more components than the models.
+        s.gprs[gpr::RAX] = if r.below(2) == 0 { 7 } else { r.below(8) };
+        s.gprs[gpr::RDX] = 0;
+    }
     if matches!(mnemonic, Mnemonic::Div | Mnemonic::Idiv) && r.below(4) != 0 {
         // Quotients that fit.
         s.gprs[gpr::RDX] = if r.below(2) == 0 { 0 } else { (s.gprs[gpr::RAX] as i64 >> 63) as u64 };
@@ -84,6 +89,7 @@ fn state(needs: &Needs, mnemonic: Mnemonic, mode: Mode, r: &mut Random) -> State
     }
     if let Some((base, index, scale, displacement)) = needs.memory {
         let target = if needs.vsib.is_some() { DATA + 0xc00 + r.below(512) } else { place(r) };
+        let target = if is_xsave(mnemonic) && r.below(8) != 0 { XSAVE_AT } else { target };
         let stack = matches!(base.full_register(), Register::RSP | Register::RBP);
         let target = if stack { target } else { target - base16 };
         let general = |reg: Register| reg.is_gpr().then(|| reg.number());
@@ -172,6 +178,9 @@ fn memory(r: &mut Random, mnemonic: Mnemonic) -> Vec<u8> {
         c.copy_from_slice(&block);
         c.rotate_left(n % 256);
     }
+    if is_xsave(mnemonic) {
+        xsave_header(&mut m, r);
+    }
     if matches!(mnemonic, Mnemonic::Popf | Mnemonic::Popfd | Mnemonic::Popfq) {
         // Neither single step nor alignment checks: they are the tester's own business.
         for c in m.chunks_exact_mut(4) {
@@ -180,6 +189,35 @@ fn memory(r: &mut Random, mnemonic: Mnemonic) -> Vec<u8> {
         }
     }
     m
+}
+
+/// Where the areas of the XSAVE family mostly are.
+const XSAVE_AT: u64 = DATA + 0x400;
+
+fn is_xsave(mnemonic: Mnemonic) -> bool {
+    use Mnemonic as M;
+    matches!(
+        mnemonic,
+        M::Xsave | M::Xsave64 | M::Xsaveopt | M::Xsaveopt64 | M::Xsavec | M::Xsavec64 | M::Xrstor | M::Xrstor64
+    )
+}
+
+/// A header that XRSTOR mostly takes, standard or compacted, and an MXCSR.
+fn xsave_header(m: &mut [u8], r: &mut Random) {
+    let area = &mut m[(XSAVE_AT - DATA) as usize..];
+    let mxcsr = r.next() as u32 & if r.below(8) == 0 { 0xff_ffff } else { 0xffff };
+    area[24..28].copy_from_slice(&(mxcsr & !0x2_0000).to_le_bytes());
+    let header = &mut area[512..576];
+    header.fill(0);
+    header[0] = if r.below(8) == 0 { r.next() as u8 & 0xf } else { r.next() as u8 & 7 };
+    match r.below(8) {
+        0..3 => {
+            let compacted = 1 << 63 | u64::from(header[0]) | r.below(8);
+            header[8..16].copy_from_slice(&compacted.to_le_bytes());
+        }
+        3 => header[8 + r.below(56) as usize] = 1,
+        _ => {}
+    }
 }
 
 fn undefined_flags(i: &iced_x86::Instruction) -> u64 {
@@ -216,6 +254,8 @@ fn is_image(mnemonic: Mnemonic) -> Option<Image> {
     use Mnemonic as M;
     Some(match mnemonic {
         M::Fxsave | M::Fxsave64 => Image::Fxsave,
+        M::Xsave | M::Xsave64 | M::Xsaveopt | M::Xsaveopt64 | M::Xsavec | M::Xsavec64 => Image::Fxsave,
+        M::Xrstor | M::Xrstor64 => Image::Other,
         M::Fnsave => Image::Fnsave,
         M::Fxrstor | M::Fxrstor64 | M::Frstor | M::Fldenv | M::Fnstenv => Image::Other,
         _ => return None,
