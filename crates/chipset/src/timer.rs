@@ -7,6 +7,7 @@
 use crate::lock;
 use partition::Clock;
 use std::collections::BTreeSet;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, Weak};
 use std::time::Duration;
 
@@ -193,7 +194,10 @@ fn serve(shared: &Shared) {
         {
             queue.calling = true;
             drop(queue);
-            target.expired();
+            // A defect of one device must not stop the others' time, nor leave `stop` waiting for ever.
+            if catch_unwind(AssertUnwindSafe(|| target.expired())).is_err() {
+                tracing::error!("a device panicked in its timer");
+            }
             drop(target);
             queue = lock(&shared.queue);
             queue.calling = false;
@@ -245,6 +249,32 @@ mod tests {
         timer.set(Some(0));
         std::thread::sleep(Duration::from_millis(10));
         assert_eq!(count.0.load(Ordering::SeqCst), 1, "stopped");
+    }
+
+    #[test]
+    fn a_panic_in_a_timer_does_not_stop_time() {
+        struct Broken;
+        impl TimerTarget for Broken {
+            fn expired(&self) {
+                panic!("on purpose");
+            }
+        }
+        let clock = Arc::new(Clock::new());
+        let service = TimerService::new(clock.clone()).unwrap();
+        let (broken, count): (Arc<dyn TimerTarget>, _) = (Arc::new(Broken), Arc::new(Count(AtomicU32::new(0))));
+        let timers = [service.timer(), service.timer()];
+        timers[0].connect(Arc::downgrade(&broken));
+        timers[1].connect(Arc::downgrade(&(count.clone() as Arc<dyn TimerTarget>)));
+        timers[0].set(Some(0));
+        timers[1].set(Some(1));
+        clock.start();
+        service.start();
+        let until = std::time::Instant::now() + Duration::from_secs(5);
+        while count.0.load(Ordering::SeqCst) == 0 && std::time::Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        service.stop();
+        assert_eq!(count.0.load(Ordering::SeqCst), 1);
     }
 
     #[test]
