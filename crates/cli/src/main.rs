@@ -15,6 +15,7 @@
 mod guest;
 mod run;
 mod size;
+mod vhd;
 
 use clap::{Parser, Subcommand};
 use std::process::ExitCode;
@@ -34,6 +35,8 @@ enum Command {
     Run(Box<run::Args>),
     /// Ask something of a running guest: status, data exchange, shutdown, backup, file copy.
     Guest(guest::Args),
+    /// Make, look at and change virtual hard disks.
+    Vhd(vhd::Args),
 }
 
 fn main() -> ExitCode {
@@ -44,5 +47,6 @@ fn main() -> ExitCode {
     match cli.command {
         Command::Run(args) => run::run(*args, started),
         Command::Guest(args) => guest::run(args),
+        Command::Vhd(args) => vhd::run(args),
     }
 }

@@ -33,6 +33,7 @@ pub use disk::{Disk, DiskInfo, Io, OpenOptions};
 pub use error::{Error, RequestError, Result, Structure};
 pub use image::{DiskType, Format};
 pub use ops::Progress;
+pub use ops::bench::{BenchOptions, bench};
 pub use ops::check::{CheckReport, Finding, ImageInfo, Severity, check, info};
 pub use ops::convert::{compact, convert, reparent};
 pub use ops::create::{CreateOptions, create};

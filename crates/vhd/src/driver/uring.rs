@@ -24,6 +24,8 @@ pub(crate) struct Uring {
     fds: Vec<RawFd>,
     /// Operations for which the queue had no room.
     backlog: Mutex<VecDeque<Op>>,
+    /// One thread drives the disk: what it has queued goes to the host when it next waits.
+    inline: bool,
     /// Keeps the descriptors open.
     _files: Files,
 }
@@ -51,7 +53,7 @@ impl Uring {
                 return Err(io::ErrorKind::Unsupported.into());
             }
         }
-        Ok(Self { ring, fds, backlog: Mutex::new(VecDeque::new()), _files: files })
+        Ok(Self { ring, fds, backlog: Mutex::new(VecDeque::new()), inline, _files: files })
     }
 
     /// Puts operations on the queue. The caller holds the core's lock, so that there is one writer.
@@ -77,7 +79,7 @@ impl Uring {
     }
 
     pub fn submit(&self) {
-        loop {
+        while !self.inline {
             match self.ring.submit() {
                 Err(e) if e.raw_os_error() == Some(libc::EINTR) => {}
                 // EBUSY, EAGAIN: the entries stay on the queue; the completion thread's next call takes them.

@@ -1,5 +1,6 @@
 //! What is done to whole images: making, looking, checking, changing their form.
 
+pub mod bench;
 pub mod check;
 pub mod convert;
 pub(crate) mod copy;
