@@ -27,6 +27,8 @@ pub struct Apt {
     root: PathBuf,
     suite: String,
     address: String,
+    /// Sources without updates and security, for when those cannot be had.
+    release_only: String,
 }
 
 impl Apt {
@@ -59,7 +61,12 @@ impl Apt {
             conf.push('\n');
         }
         fs::write(root.join("apt.conf"), conf)?;
-        Ok(Self { root, suite: suite.to_owned(), address: sources.address().to_owned() })
+        Ok(Self {
+            root,
+            suite: suite.to_owned(),
+            address: sources.address().to_owned(),
+            release_only: sources.release_only(suite),
+        })
     }
 
     fn apt_get(&self, args: &[&str]) -> Command {
@@ -79,17 +86,39 @@ impl Apt {
         self.root.join("updated").exists()
     }
 
-    /// Fetches the package lists.
+    /// Fetches the package lists. An archive that is just being changed is asked again a little later, and then only
+    /// for the release itself, without updates and security: guests are for tests.
     ///
     /// # Errors
     /// One line that names the archive, when it cannot be reached or its signature is not trusted.
     pub fn update(&self) -> Result<()> {
         let bar = spinner(format!("{}: package lists", self.suite));
-        let output = self.apt_get(&["-q", "update"]).output().context("cannot run apt-get")?;
-        bar.finish_and_clear();
-        if !output.status.success() {
-            bail!("cannot fetch Debian's package lists: {}", self.explain(&output.stderr));
+        let mut pauses = [Duration::from_secs(3), Duration::from_secs(10)].into_iter();
+        let mut all = true;
+        loop {
+            let output = self.apt_get(&["-q", "update"]).output().context("cannot run apt-get")?;
+            if output.status.success() {
+                break;
+            }
+            if !is_changing(&output.stderr) || !all {
+                bar.finish_and_clear();
+                bail!("cannot fetch Debian's package lists: {}", self.explain(&output.stderr));
+            }
+            match pauses.next() {
+                Some(pause) => std::thread::sleep(pause),
+                None => {
+                    bar.suspend(|| {
+                        eprintln!(
+                            "note: going on without {0}-updates and {0}-security, which are being changed",
+                            self.suite
+                        )
+                    });
+                    fs::write(self.root.join("sources/debian.sources"), &self.release_only)?;
+                    all = false;
+                }
+            }
         }
+        bar.finish_and_clear();
         fs::write(self.root.join("updated"), "")?;
         Ok(())
     }
@@ -185,6 +214,12 @@ impl Apt {
     }
 }
 
+/// Whether apt says that index and contents of the archive do not belong together, as while a mirror is updated.
+fn is_changing(stderr: &[u8]) -> bool {
+    let text = String::from_utf8_lossy(stderr);
+    ["unexpected size", "Hash Sum mismatch", "Mirror sync"].iter().any(|sign| text.contains(sign))
+}
+
 /// `'URI' FILE SIZE HASH` of `apt-get --print-uris`.
 fn parse_uri_line(line: &str) -> Option<Package> {
     let rest = line.strip_prefix('\'')?;
@@ -212,6 +247,14 @@ pub fn spinner(message: String) -> ProgressBar {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_changing_archive_is_told_from_an_unreachable_one() {
+        assert!(is_changing(
+            b"E: Failed to fetch http://m/x  File has unexpected size (1 != 2). Mirror sync in progress?"
+        ));
+        assert!(!is_changing(b"E: Failed to fetch http://m/x  Could not resolve 'm'"));
+    }
 
     #[test]
     fn uri_lines() {

@@ -95,6 +95,11 @@ impl HostSources {
         text
     }
 
+    /// A deb822 sources file for `suite` with the release itself only.
+    pub fn release_only(&self, suite: &str) -> String {
+        stanza(&self.main, suite)
+    }
+
     /// The main archive's address, for messages.
     pub fn address(&self) -> &str {
         &self.main.uris
