@@ -20,6 +20,8 @@ pub mod channel;
 pub mod gpadl;
 pub mod ring;
 pub mod server;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 #[cfg(test)]
 mod tests;
 
