@@ -186,6 +186,12 @@ impl SoftPartition {
                 config.cpuid.len()
             )));
         }
+        // What the host's own units execute must be there: a restored machine may come from a better host.
+        let missing = x86::cpuid::lacking_on_host(&config.cpuid[0]);
+        if !missing.is_empty() {
+            let reason = format!("this host's processor lacks {}, which the processor model has", missing.join(", "));
+            return Err(EngineError::Unavailable { engine: "soft", reason });
+        }
         let wakers: Vec<_> = (0..count).map(|_| Arc::new(Waker::new())).collect();
         let timers = Arc::new(Timers::new(config.clock.clone(), &wakers));
         let mut lapics = Vec::new();

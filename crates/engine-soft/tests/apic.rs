@@ -726,3 +726,30 @@ fn fs_base_survives_iret_to_user_and_not_a_null_load() {
         assert_eq!(b.log(), [0x1111_2222, 0x3333], "{vendor:?}");
     }
 }
+
+#[test]
+fn a_model_that_the_host_cannot_execute_is_refused() {
+    use partition::Engine;
+    let mut table = x86::cpuid::CpuModel::by_name("x86-64-v2").unwrap().table(0, 1, 1_000_000_000);
+    let missing = [x86::cpuid::bits::SHA, x86::cpuid::bits::GFNI, x86::cpuid::bits::VAES]
+        .into_iter()
+        .find(|b| x86::cpuid::host_cpuid(b.leaf, b.subleaf).reg(b.reg) >> b.bit & 1 == 0);
+    let Some(bit) = missing else {
+        eprintln!("skipped: this host has every feature that a model can have");
+        return;
+    };
+    let mut r = table.get(bit.leaf, bit.subleaf);
+    *r.reg_mut(bit.reg) |= 1 << bit.bit;
+    table.set(bit.leaf, Some(bit.subleaf), r);
+    let config = partition::PartitionConfig {
+        vp_count: 1,
+        memory: partition::GuestMemory::new(),
+        clock: std::sync::Arc::new(partition::Clock::new()),
+        cpuid: vec![table],
+        msr_exits: vec![],
+        hypercall_port: None,
+        options: partition::EngineOptions::default(),
+    };
+    let error = SoftEngine::new().create(config).err().unwrap();
+    assert!(error.to_string().contains(bit.name), "{error}");
+}

@@ -5,7 +5,7 @@ mod model;
 
 pub use model::{
     APIC_TIMER_HZ, ARCH_CAPABILITIES, CpuModel, LINEAR_ADDRESS_BITS, ModelError, PHYSICAL_ADDRESS_BITS, Vendor,
-    host_cpuid,
+    host_cpuid, lacking_on_host,
 };
 
 use serde::{Deserialize, Serialize};

@@ -164,6 +164,13 @@ const EMULATED_V3: &[Bit] = &[
 /// `host` adds these where the host has them.
 const NATIVE_HOST: &[Bit] = &[bits::SHA, bits::VAES, bits::VPCLMULQDQ, bits::GFNI];
 
+/// Features of `table` that only the host's own units can execute and that this host lacks, by name.
+pub fn lacking_on_host(table: &CpuidTable) -> Vec<&'static str> {
+    let native = NATIVE_V2.iter().chain(NATIVE_V3).chain(NATIVE_HOST);
+    let on_host = |b: &Bit| host_cpuid(b.leaf, b.subleaf).reg(b.reg) >> b.bit & 1 != 0;
+    native.filter(|b| b.in_table(table) && !on_host(b)).map(|b| b.name).collect()
+}
+
 /// Answers CPUID on the host.
 pub fn host_cpuid(leaf: u32, subleaf: u32) -> CpuidResult {
     let max = core::arch::x86_64::__cpuid(leaf & 0x8000_0000).eax;
