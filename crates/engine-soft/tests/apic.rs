@@ -753,3 +753,181 @@ fn a_model_that_the_host_cannot_execute_is_refused() {
     let error = SoftEngine::new().create(config).err().unwrap();
     assert!(error.to_string().contains(bit.name), "{error}");
 }
+
+#[test]
+fn code_that_another_vp_writes_is_seen() {
+    const ROUNDS: i32 = 5_000;
+    let mut b = bench(2);
+    let func = CODE + 0x3000;
+    b.code(func, |a| {
+        a.mov(eax, 0).unwrap();
+        a.ret().unwrap();
+    });
+    // VP 0 writes the immediate operand, then the flag, and waits for the answer.
+    b.code(CODE, |a| {
+        a.mov(rsi, DATA).unwrap();
+        a.mov(rdi, func).unwrap();
+        a.xor(ecx, ecx).unwrap();
+        let (mut next, mut wait) = (a.create_label(), a.create_label());
+        a.set_label(&mut next).unwrap();
+        a.inc(ecx).unwrap();
+        a.mov(dword_ptr(rdi + 1), ecx).unwrap();
+        a.mov(dword_ptr(rsi), ecx).unwrap();
+        a.set_label(&mut wait).unwrap();
+        a.pause().unwrap();
+        a.cmp(dword_ptr(rsi + 8), ecx).unwrap();
+        a.jne(wait).unwrap();
+        a.cmp(ecx, ROUNDS).unwrap();
+        a.jb(next).unwrap();
+        done(a, 1);
+    });
+    // VP 1 waits for the flag, serialises, calls, compares.
+    b.code(CODE + 0x2000, |a| {
+        a.mov(rsi, DATA).unwrap();
+        a.mov(rdi, func).unwrap();
+        a.xor(r8d, r8d).unwrap();
+        let (mut next, mut wait, mut good) = (a.create_label(), a.create_label(), a.create_label());
+        a.set_label(&mut next).unwrap();
+        a.inc(r8d).unwrap();
+        a.set_label(&mut wait).unwrap();
+        a.pause().unwrap();
+        a.cmp(dword_ptr(rsi), r8d).unwrap();
+        a.jne(wait).unwrap();
+        a.xor(eax, eax).unwrap();
+        a.cpuid().unwrap();
+        a.call(rdi).unwrap();
+        a.cmp(eax, r8d).unwrap();
+        a.je(good).unwrap();
+        done(a, 0xbad);
+        a.set_label(&mut good).unwrap();
+        a.mov(dword_ptr(rsi + 8), r8d).unwrap();
+        a.jmp(next).unwrap();
+    });
+    b.start_at(CODE);
+    let state = b.long_state(1, CODE + 0x2000);
+    b.vps[1].set_state(&state).unwrap();
+    assert_eq!(b.run(LIMIT), 1);
+}
+
+#[test]
+fn dirty_pages_and_doorbells() {
+    use std::io::Read;
+    use std::os::fd::{AsFd, FromRawFd, OwnedFd};
+    let mut b = bench(1);
+    // SAFETY: a fresh descriptor that nobody else owns; the result is checked.
+    let event = unsafe {
+        let fd = libc::eventfd(0, libc::EFD_NONBLOCK);
+        assert!(fd >= 0);
+        OwnedFd::from_raw_fd(fd)
+    };
+    b.partition.register_doorbell(partition::Gpa(0xe000_0040), event.as_fd()).unwrap();
+    b.code(CODE, |a| {
+        // The first write caches the permission; the second must be seen again after the record was taken.
+        for round in 0..2u32 {
+            a.mov(rbx, 0x30_0000u64).unwrap();
+            a.mov(dword_ptr(rbx), 1).unwrap();
+            a.mov(rbx, 0x30_5000u64 + u64::from(round) * 0x1000).unwrap();
+            a.mov(dword_ptr(rbx), 1).unwrap();
+            a.mov(rbx, 0xe000_0040u64).unwrap();
+            a.mov(dword_ptr(rbx), 7).unwrap();
+            a.mov(word_ptr(rbx), 7).unwrap();
+            log(a, round);
+        }
+        done(a, 1);
+    });
+    b.start_at(CODE);
+    b.partition.track_dirty(true).unwrap();
+    b.clock.start();
+    b.board.kick_at.store(1, Ordering::SeqCst);
+    let board = b.board.clone();
+    assert_eq!(b.vps[0].run(&*board).unwrap(), partition::RunExit::Kicked);
+    b.memory.write(partition::Gpa(0x30_2000), &[1]).unwrap();
+    assert_eq!(b.partition.take_dirty(partition::Gpa(0x30_0000), 16).unwrap().bits, [0b10_0101]);
+    b.run(LIMIT);
+    assert_eq!(b.partition.take_dirty(partition::Gpa(0x30_0000), 16).unwrap().bits, [0b100_0001]);
+    let mut count = [0u8; 8];
+    std::fs::File::from(event).read_exact(&mut count).unwrap();
+    assert_eq!(u64::from_le_bytes(count), 2, "4-byte writes ring");
+    let mmio = b.board.mmio.lock().unwrap();
+    assert_eq!(*mmio, [(0xe000_0040, 7, true), (0xe000_0040, 7, true)], "others are exits");
+}
+
+#[test]
+fn kicks_from_many_threads_are_never_lost() {
+    let mut b = bench(1);
+    b.code(CODE, |a| {
+        let mut spin = a.create_label();
+        a.set_label(&mut spin).unwrap();
+        a.inc(rax).unwrap();
+        a.jmp(spin).unwrap();
+    });
+    b.code(CODE + 0x1000, |a| {
+        let mut idle = a.create_label();
+        a.set_label(&mut idle).unwrap();
+        a.hlt().unwrap();
+        a.jmp(idle).unwrap();
+    });
+    b.clock.start();
+    for code in [CODE, CODE + 0x1000] {
+        b.start_at(code);
+        for _ in 0..500 {
+            let partition = b.partition.clone();
+            let kicker = std::thread::spawn(move || partition.kick(0));
+            // `run` must return once for the kick, whether it came before or after.
+            let board = b.board.clone();
+            assert_eq!(b.vps[0].run(&*board).unwrap(), partition::RunExit::Kicked);
+            kicker.join().unwrap();
+        }
+    }
+}
+
+#[test]
+fn interrupts_between_vps_are_not_lost() {
+    // Each VP sends the other one interrupt at a time and sleeps until the answer comes: a lost one hangs.
+    const ROUNDS: i32 = 3_000;
+    let mut b = bench(2);
+    for vp in 0..2u64 {
+        let vector = 0x50 + vp as u8;
+        counting_handler(&b, vector, CODE + 0x1000 + vp * 0x100, vp);
+        b.code(CODE + 0x4000 * vp, |a| {
+            apic_write(a, 0xf0, 0x1ff);
+            apic_write(a, 0x310, (1 - vp as u32) << 24);
+            // An interrupt that came before the other APIC was enabled would be dropped, rightly.
+            if vp == 0 {
+                wait_for(a, 8, 1);
+            }
+            a.mov(rsi, DATA).unwrap();
+            a.mov(dword_ptr(rsi + 64), 1).unwrap();
+            a.xor(ecx, ecx).unwrap();
+            let (mut next, mut wait, mut there) = (a.create_label(), a.create_label(), a.create_label());
+            a.set_label(&mut next).unwrap();
+            a.inc(ecx).unwrap();
+            if vp == 0 {
+                apic_write(a, 0x300, 0x4051);
+            }
+            a.set_label(&mut wait).unwrap();
+            a.cli().unwrap();
+            a.cmp(dword_ptr(rsi + 8 * vp as i32), ecx).unwrap();
+            a.jae(there).unwrap();
+            a.sti().unwrap();
+            a.hlt().unwrap();
+            a.jmp(wait).unwrap();
+            a.set_label(&mut there).unwrap();
+            a.sti().unwrap();
+            if vp == 1 {
+                apic_write(a, 0x300, 0x4050);
+            }
+            a.cmp(ecx, ROUNDS).unwrap();
+            a.jb(next).unwrap();
+            if vp == 0 {
+                done(a, 1);
+            } else {
+                a.hlt().unwrap();
+            }
+        });
+    }
+    b.start_at(CODE);
+    let state = b.long_state(1, CODE + 0x4000);
+    b.vps[1].set_state(&state).unwrap();
+    assert_eq!(b.run(LIMIT), 1);
+}
