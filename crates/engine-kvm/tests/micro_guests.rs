@@ -28,6 +28,12 @@ const NOT_ON_EMULATED_KVM: &[&str] = &[
     "debug: ICEBP and general detect",
     "debug: MOV SS holds single step back",
     "strings: a fault leaves the registers at the element",
+    "system: control registers refuse what they must",
+    "system: UMIP, TSD and privileged instructions at ring 3",
+    "system: LDT, LAR, LSL, VERR, VERW",
+    "system: POPF changes IF and IOPL only with the right",
+    "system: SYSENTER and SYSEXIT in protected mode",
+    "system: 16-bit gates and stacks",
 ];
 
 #[test]

@@ -192,6 +192,8 @@ fn write_tables(memory: &GuestMemory, long: bool) {
     if long {
         put(TSS + 4, STACK0);
         put(TSS + 0x24, IST1);
+        // No I/O bitmap: it would start behind the limit.
+        put(TSS + 0x60, 0x68 << 48);
     } else {
         put(TSS + 4, STACK0 | u64::from(sel::DATA) << 32);
         // The I/O bitmap follows at once, all ports allowed, closed by a byte of ones.

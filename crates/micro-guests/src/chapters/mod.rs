@@ -6,6 +6,7 @@ pub mod legacy;
 pub mod paging;
 pub mod self_modifying;
 pub mod strings;
+pub mod system;
 
 use iced_x86::IcedError;
 use iced_x86::code_asm::*;
@@ -16,7 +17,7 @@ pub type MicroGuest = fn(&dyn Engine);
 
 /// Every micro-guest by name.
 pub fn all() -> Vec<(&'static str, MicroGuest)> {
-    [paging::ALL, control::ALL, legacy::ALL, debug::ALL, self_modifying::ALL, strings::ALL].concat()
+    [paging::ALL, control::ALL, legacy::ALL, debug::ALL, self_modifying::ALL, strings::ALL, system::ALL].concat()
 }
 
 /// Reports EAX.
