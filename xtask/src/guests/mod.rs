@@ -207,7 +207,9 @@ fn describe(packages: &[Package]) -> String {
 }
 
 fn is_kernel_package(name: &str) -> bool {
-    name.strip_prefix("linux-image-").is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
+    // linux-image-686 is a name for today's linux-image-6.1.0-50-686.
+    let version = name.strip_prefix("linux-image-").and_then(|rest| rest.split('-').next());
+    version.is_some_and(|v| v.contains('.') && v.starts_with(|c: char| c.is_ascii_digit()))
 }
 
 fn extract(package: &Path, into: &Path) -> Result<()> {
@@ -279,6 +281,7 @@ mod tests {
     fn kernel_packages() {
         assert!(is_kernel_package("linux-image-6.1.0-50-cloud-amd64"));
         assert!(!is_kernel_package("linux-image-cloud-amd64"));
+        assert!(!is_kernel_package("linux-image-686"));
         assert!(!is_kernel_package("linux-base"));
     }
 }
