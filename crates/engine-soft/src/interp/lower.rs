@@ -526,7 +526,7 @@ pub fn lower(i: &Instruction, code: CodeSize, features: &Features) -> Option<Op>
         M::Movzx => f.extend(false)?,
         M::Movsx | M::Movsxd => match (f.size(0), f.size(1)) {
             // MOVSXD to a 16-bit register is a move; AMD reads 32 bits of memory for it (measured).
-            (2, 2 | 4) => {
+            (2, 2 | 4) if i.mnemonic() == M::Movsxd => {
                 let memory = f.register_and_source(1)?;
                 f.op.size = 2;
                 f.set(match memory {

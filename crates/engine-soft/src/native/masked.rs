@@ -104,24 +104,24 @@ fn masked_move(vp: &mut SoftVp, insn: &Insn, size: usize) -> Exec {
     let mask = xstate::ymm(&vp.s.xsave, number(mask_register));
     let selected: Vec<usize> = (0..count).filter(|n| mask[n * size + size - 1] & 0x80 != 0).collect();
     let want = if store { Want::Write } else { Want::Read };
-    // With nothing selected not even the address is looked at.
-    // Otherwise the segment's limit counts for the whole operand, in 64-bit mode the canonical form for each element.
-    let checked = if vp.s.code_size == CodeSize::Bits64 { size } else { register.size() };
-    let address = if selected.is_empty() { 0 } else { operand::linear(vp, insn, checked, want)? };
+    // Segment limit and canonical form count for each selected element alone; with none selected nothing is looked at.
+    let (segment, offset) = operand::effective_address(vp, insn);
+    let at = |vp: &mut SoftVp, n: usize| vp.seg_linear(segment, offset.wrapping_add((n * size) as u64), size, want);
     if store {
         let data = xstate::ymm(&vp.s.xsave, number(register));
         for n in &selected {
-            vp.probe_write(element(vp, address, (n * size) as u64)?, size)?;
+            let address = at(vp, *n)?;
+            vp.probe_write(address, size)?;
         }
         for n in &selected {
-            let at = element(vp, address, (n * size) as u64)?;
-            vp.write_bytes(at, &data[n * size..][..size])?;
+            let address = at(vp, *n)?;
+            vp.write_bytes(address, &data[n * size..][..size])?;
         }
     } else {
         let mut data = [0; 32];
         for n in &selected {
-            let at = element(vp, address, (n * size) as u64)?;
-            vp.read_bytes(at, &mut data[n * size..][..size])?;
+            let address = at(vp, *n)?;
+            vp.read_bytes(address, &mut data[n * size..][..size])?;
         }
         xstate::set_ymm(&mut vp.s.xsave, number(register), &data);
     }
