@@ -46,6 +46,35 @@ const HOSTS_TRUTH: &[Bit] = &[
     bits::TSA_L1_NO,
 ];
 
+/// What the models have beyond the levels that they are named after, and older hosts lack: left out there, with a note.
+/// Guests look before they use any of it; a machine that was saved with more is refused when its state is loaded, if it
+/// uses one that shows in a control register.
+const LEFT_OUT: &[Bit] = &[
+    bits::PCID,
+    bits::INVPCID,
+    bits::SMEP,
+    bits::SMAP,
+    bits::UMIP,
+    bits::FSGSBASE,
+    bits::ERMS,
+    bits::FSRM,
+    bits::CLFLUSHOPT,
+    bits::CLWB,
+    bits::RDPID,
+    bits::RDTSCP,
+    bits::RDRAND,
+    bits::RDSEED,
+    bits::ADX,
+    bits::GBPAGES,
+    bits::PREFETCHW,
+    bits::XSAVEOPT,
+    bits::XSAVEC,
+    bits::XGETBV1,
+    bits::XSAVES,
+    bits::MMXEXT,
+    bits::CR8_LEGACY,
+];
+
 fn supports(supported: &CpuId, bit: &Bit) -> bool {
     supported.as_slice().iter().filter(|e| e.function == bit.leaf && e.index == bit.subleaf).any(|e| {
         let value = match bit.reg {
@@ -60,13 +89,16 @@ fn supports(supported: &CpuId, bit: &Bit) -> bool {
 
 /// The table in KVM's form. Fails if the model has a feature that this KVM cannot give.
 pub fn to_kvm(table: &CpuidTable, supported: &CpuId) -> Result<CpuId, EngineError> {
-    let mut missing = Vec::new();
+    let mut missing: Vec<&str> = Vec::new();
     let mut cleared = Vec::new();
     for bit in bits::ALL.iter().filter(|b| b.in_table(table)) {
         if NOT_KVMS.contains(bit) || supports(supported, bit) {
             continue;
         }
         if HOSTS_TRUTH.contains(bit) {
+            cleared.push(bit);
+        } else if LEFT_OUT.contains(bit) {
+            tracing::info!(feature = bit.name, "this host's KVM does not have it: the processor model goes without");
             cleared.push(bit);
         } else {
             missing.push(bit.name);
@@ -121,5 +153,36 @@ fn entry(leaf: u32, subleaf: Option<u32>, r: CpuidResult) -> kvm_cpuid_entry2 {
         ecx: r.ecx,
         edx: r.edx,
         ..Default::default()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use x86::cpuid::CpuModel;
+
+    /// A host that supports exactly `table` without these.
+    fn host_without(table: &CpuidTable, lacking: &[Bit]) -> CpuId {
+        let mut have = table.clone();
+        for bit in lacking {
+            for e in have.entries.iter_mut().filter(|e| e.leaf == bit.leaf && e.subleaf.unwrap_or(0) == bit.subleaf) {
+                *e.result.reg_mut(bit.reg) &= !(1 << bit.bit);
+            }
+        }
+        let entries: Vec<_> = have.entries.iter().map(|e| entry(e.leaf, e.subleaf, e.result)).collect();
+        CpuId::from_entries(&entries).unwrap()
+    }
+
+    #[test]
+    fn the_level_is_needed_and_the_rest_is_left_out() {
+        let table = CpuModel::by_name("x86-64-v2").unwrap().table(0, 1, 2_000_000_000);
+        let of = |id: &CpuId, leaf: u32| id.as_slice().iter().find(|e| e.function == leaf && e.index == 0).copied();
+        let full = to_kvm(&table, &host_without(&table, &[])).unwrap();
+        assert_eq!(of(&full, 1).unwrap().ecx, table.get(1, 0).ecx);
+        let older = to_kvm(&table, &host_without(&table, &[bits::PCID, bits::FSRM])).unwrap();
+        assert_eq!(of(&older, 1).unwrap().ecx, table.get(1, 0).ecx & !(1 << bits::PCID.bit));
+        assert_eq!(of(&older, 7).unwrap().edx & 1 << bits::FSRM.bit, 0);
+        let error = to_kvm(&table, &host_without(&table, &[bits::SSE4_2])).unwrap_err();
+        assert!(error.to_string().contains("SSE4_2"), "{error}");
     }
 }

@@ -284,7 +284,14 @@ impl KvmVp {
         sregs.efer = state.efer;
         sregs.apic_base = state.lapic.base;
         sregs.interrupt_bitmap = [0; 4];
-        self.fd.set_sregs(&sregs).map_err(host("KVM_SET_SREGS"))
+        self.fd.set_sregs(&sregs).map_err(|e| match e.errno() {
+            libc::EINVAL => EngineError::State(format!(
+                "KVM refuses CR0 {:#x}, CR4 {:#x}, EFER {:#x}: the processor that they were saved on has features that \
+                 this host's KVM lacks",
+                state.cr0, state.cr4, state.efer
+            )),
+            _ => host("KVM_SET_SREGS")(e),
+        })
     }
 
     fn load_vectors(&mut self, state: &VpState) -> Result<(), EngineError> {

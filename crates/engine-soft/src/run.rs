@@ -228,6 +228,12 @@ impl SoftVp {
 
     /// Delivers what a loaded state had in flight.
     fn deliver_loaded(&mut self) {
+        if self.pending_exception.is_none() && self.pending_interrupt.is_none() {
+            return;
+        }
+        if self.activity == Activity::Halted {
+            self.set_activity(Activity::Running);
+        }
         if let Some(e) = self.pending_exception.take() {
             let error = e.error_code.unwrap_or(0);
             let fault = if e.vector == x86::exception::PF {
