@@ -113,7 +113,26 @@ pub fn handler(i: &iced_x86::Instruction) -> Option<Handler> {
     if xstate::handler(i).is_some() {
         return None;
     }
+    match i.mnemonic() {
+        // Every encoding of the fences (the low three bits of ModRM are ignored).
+        Mnemonic::Lfence | Mnemonic::Mfence | Mnemonic::Sfence => return Some(fence),
+        Mnemonic::Movnti => return Some(store_non_temporal),
+        _ => {}
+    }
     unit(i).map(|_| execute as Handler)
+}
+
+fn fence(_: &mut SoftVp, _: &Insn) -> Exec {
+    std::sync::atomic::fence(std::sync::atomic::Ordering::SeqCst);
+    Ok(())
+}
+
+/// MOVNTI: a store; its weak order is not observable as anything but a stronger one.
+fn store_non_temporal(vp: &mut SoftVp, insn: &Insn) -> Exec {
+    let register = insn.iced.op1_register();
+    let address = operand::linear(vp, insn, register.size(), Want::Write)?;
+    let value = vp.s.gprs[register.number()];
+    if register.size() == 8 { vp.write_u64(address, value) } else { vp.write_u32(address, value as u32) }
 }
 
 /// Raises #UD or #NM where the unit may not be used now.
@@ -153,7 +172,6 @@ pub fn check_available(vp: &SoftVp, unit: Unit) -> Exec {
 /// A memory operand of a stub.
 #[derive(Clone, Copy)]
 struct Memory {
-    operand: u32,
     size: usize,
     read: bool,
     write: bool,
@@ -250,7 +268,6 @@ impl Stubs {
                         return Err(Fault::UD);
                     }
                     memory = Some(Memory {
-                        operand: n,
                         size,
                         read: !matches!(access, OpAccess::Write),
                         write: !matches!(access, OpAccess::Read | OpAccess::CondRead),

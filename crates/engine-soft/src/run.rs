@@ -9,7 +9,8 @@ use crate::vp::{Fault, SoftVp, attention};
 use crate::wake::exact_timers;
 use partition::clock::host_tsc;
 use partition::{
-    Activity, EngineError, Gpa, HypercallContext, HypercallOutcome, MsrOutcome, RunExit, Vp, VpExits, VpIndex, VpState,
+    Activity, EngineError, Gpa, HypercallContext, HypercallOutcome, MsrOutcome, RunExit, TranslateMode, Vp, VpExits,
+    VpIndex, VpState,
 };
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -82,7 +83,10 @@ impl SoftVp {
             match self.activity {
                 Activity::Running => {
                     self.deliver_loaded();
-                    interp::run(self);
+                    match self.partition.options.translate {
+                        TranslateMode::Off => interp::run(self),
+                        TranslateMode::On | TranslateMode::Verify => crate::translate::run::run(self),
+                    }
                 }
                 Activity::Halted if self.s.pending_debug != 0 => self.set_activity(Activity::Running),
                 Activity::Halted | Activity::WaitForSipi => self.idle(),

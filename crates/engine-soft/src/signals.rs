@@ -1,11 +1,12 @@
-//! Synchronous signals raised by guest instructions that the host's own unit executes (SIGFPE, SIGILL).
+//! Synchronous signals raised by guest instructions that the host's own unit executes (SIGFPE, SIGILL, SIGSEGV for a misaligned
+//! operand).
 //!
 //! The handler is the process's; signals that are not ours go to whoever was installed before.
 
 use std::sync::Once;
 
-const SIGNALS: [i32; 2] = [libc::SIGFPE, libc::SIGILL];
-static mut PREVIOUS: [std::mem::MaybeUninit<libc::sigaction>; 2] = [const { std::mem::MaybeUninit::uninit() }; 2];
+const SIGNALS: [i32; 3] = [libc::SIGFPE, libc::SIGILL, libc::SIGSEGV];
+static mut PREVIOUS: [std::mem::MaybeUninit<libc::sigaction>; 3] = [const { std::mem::MaybeUninit::uninit() }; 3];
 
 /// Installs the handler, once in a process.
 pub fn install() {
@@ -26,7 +27,9 @@ pub fn install() {
 
 unsafe extern "C" fn handler(signal: i32, info: *mut libc::siginfo_t, context: *mut libc::c_void) {
     // SAFETY: the kernel gives a ucontext to SA_SIGINFO handlers.
-    if unsafe { crate::native::take_signal(signal, context.cast()) } {
+    if unsafe {
+        crate::native::take_signal(signal, context.cast()) || crate::translate::run::take_signal(context.cast())
+    } {
         return;
     }
     let Some(i) = SIGNALS.iter().position(|s| *s == signal) else { return };

@@ -26,6 +26,7 @@ impl SoftVp {
         let model = mmu::MmuModel { physical_bits: features.maxphyaddr(), gib_pages: features.gbpages() };
         let mut block = zeroed_block();
         block.tlb = mmu::TlbPointers::default();
+        block.jit = crate::translate::JitState::default();
         let apic = partition.shared(index).apic.clone();
         let mut vp = Self {
             s: block,
@@ -35,6 +36,8 @@ impl SoftVp {
             msrs: MsrFile::new(&features),
             features,
             decoded: code::DecodeCache::new(),
+            translator: None,
+            translator_refused: false,
             exits: None,
             activity: Activity::Running,
             pending_exception: None,

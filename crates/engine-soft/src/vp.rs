@@ -179,6 +179,8 @@ pub struct VpBlock {
     pub instructions: u64,
     /// Pointers to the TLB sets in use; laid out by [`mmu`].
     pub tlb: mmu::TlbPointers,
+    /// The translator's own.
+    pub jit: crate::translate::JitState,
 }
 
 /// A virtual processor of the software engine.
@@ -197,6 +199,10 @@ pub struct SoftVp {
     pub msrs: crate::msrs::MsrFile,
     /// Decoded instructions.
     pub decoded: code::DecodeCache,
+    /// Translated code; `None` until first used and while it executes.
+    pub translator: Option<Box<crate::translate::Translator>>,
+    /// The host gives no executable memory.
+    pub translator_refused: bool,
     /// The partition.
     pub partition: Arc<partition_impl::SoftPartition>,
     /// The machine, while [`partition::Vp::run`] is on the stack.

@@ -94,7 +94,7 @@ enum Next {
 }
 
 /// Finds or decodes what is at RIP.
-fn lookup(vp: &mut SoftVp) -> Exec<Next> {
+fn lookup(vp: &mut SoftVp, most: usize) -> Exec<Next> {
     let la = code_linear(vp);
     if la & !PAGE_MASK != vp.decoded.current.page || vp.decoded.current.epoch != vp.s.tlb.code_epoch {
         if vp.s.code_size == CodeSize::Bits64 {
@@ -114,7 +114,7 @@ fn lookup(vp: &mut SoftVp) -> Exec<Next> {
         }
         return decode_single(vp, la);
     }
-    decode_block(vp, la)
+    decode_block(vp, la, most)
 }
 
 /// Does all of a block lie inside the code segment?
@@ -124,9 +124,9 @@ fn in_limit(vp: &SoftVp, number: u32) -> bool {
         || vp.s.rip + u64::from(vp.decoded.block(number).bytes) <= u64::from(vp.s.segments[sreg::CS].limit) + 1
 }
 
-/// Decodes the block at RIP and keeps it.
+/// Decodes the block at RIP, at most `most` instructions, and keeps it.
 #[cold]
-fn decode_block(vp: &mut SoftVp, la: u64) -> Exec<Next> {
+fn decode_block(vp: &mut SoftVp, la: u64, most: usize) -> Exec<Next> {
     if vp.decoded.full() {
         vp.decoded.clear();
         enter_page(vp, la)?;
@@ -156,14 +156,14 @@ fn decode_block(vp: &mut SoftVp, la: u64) -> Exec<Next> {
     }
     // A copy, because the guest may change the bytes while they are decoded.
     let mut bytes = [0u8; PAGE_SIZE as usize];
-    let room = room.min(BLOCK_MAX * MAX_LEN);
+    let room = room.min(most * MAX_LEN);
     // SAFETY: `host` is the address of a page of guest memory; start + room <= 4096.
     unsafe { std::ptr::copy_nonoverlapping(current.host.add(start), bytes.as_mut_ptr(), room) };
     let mut reader = CodeReader::new(&bytes[..room], size, &vp.features);
     let mut ops: [std::mem::MaybeUninit<Op>; BLOCK_MAX] = [std::mem::MaybeUninit::uninit(); BLOCK_MAX];
     let mut count = 0;
     let mut end = 0;
-    while count < BLOCK_MAX {
+    while count < most {
         let Some(d) = reader.decode() else { break };
         end = reader.position();
         let op = vp.decoded.digest(&d, size, &vp.features);
@@ -236,6 +236,25 @@ pub fn step(vp: &mut SoftVp) {
     vp.update_boundary();
 }
 
+/// Executes one instruction where nothing special waits at its boundaries ([`attention::BOUNDARY`] is clear), and
+/// delivers the exception if it raises one. For the translator, which executes single instructions here.
+pub fn one(vp: &mut SoftVp) {
+    let op = match lookup(vp, 1) {
+        Ok(Next::Block(number)) => vp.decoded.block(number).ops,
+        Ok(Next::Single(op)) => op,
+        Err(fault) => return exception::deliver(vp, fault),
+    };
+    // SAFETY: the instruction lives in the cache, which is only cleared by `lookup`.
+    let op = unsafe { &*op };
+    vp.s.next_rip = next_rip(vp, op.len);
+    vp.s.instructions += 1;
+    match (op.run)(vp, op) {
+        Ok(()) => vp.s.rip = vp.s.next_rip,
+        Err(Fault::Restart) => {}
+        Err(fault) => exception::deliver(vp, fault),
+    }
+}
+
 /// Delivers the debug trap of the previous instruction, if there is one and no MOV SS holds it back.
 fn debug_trap(vp: &mut SoftVp) -> bool {
     let due = vp.s.pending_debug != 0 && !vp.s.mov_ss_shadow;
@@ -257,7 +276,7 @@ fn step_checked(vp: &mut SoftVp) {
             return;
         }
     }
-    let op = match lookup(vp) {
+    let op = match lookup(vp, BLOCK_MAX) {
         Ok(Next::Block(number)) => vp.decoded.block(number).ops,
         Ok(Next::Single(op)) => op,
         Err(fault) => return exception::deliver(vp, fault),
@@ -307,8 +326,16 @@ fn next_rip(vp: &SoftVp, len: u8) -> u64 {
 /// Executes until [`crate::vp::attention`] has a bit other than CODE (which it handles and clears itself), the VP is
 /// not [`partition::Activity::Running`] any more, or one instruction after it was entered with BOUNDARY set.
 pub fn run(vp: &mut SoftVp) {
+    run_until(vp, false);
+}
+
+/// As [`run`]; with `long` also returns when 64-bit code is to be executed.
+pub fn run_until(vp: &mut SoftVp, long: bool) {
     let mut from = None;
     loop {
+        if long && vp.s.code_size == CodeSize::Bits64 {
+            return;
+        }
         let attention = vp.s.attention.load(Ordering::Relaxed);
         if attention != 0 || vp.activity != Activity::Running {
             if vp.activity != Activity::Running || attention & !(attention::CODE | attention::BOUNDARY) != 0 {
@@ -330,7 +357,7 @@ pub fn run(vp: &mut SoftVp) {
         let number = match from.filter(|_| same).and_then(|b| vp.decoded.follow(b, offset)) {
             Some(number) if in_limit(vp, number) => number,
             _ => {
-                match lookup(vp) {
+                match lookup(vp, BLOCK_MAX) {
                     Ok(Next::Block(number)) => {
                         if let Some(b) = from.filter(|_| same) {
                             vp.decoded.link(b, offset, number);

@@ -139,6 +139,21 @@ impl Mmu {
         }
     }
 
+    /// Some bytes of code at a linear address, if its translation is at hand.
+    pub(crate) fn peek_code(&mut self, class: Class, la: u64) -> Option<([u8; 32], usize)> {
+        let (_, host) = self.set(class).code_lookup(la & !PAGE_MASK)?;
+        if host.is_null() {
+            return None;
+        }
+        let mut bytes = [0; 32];
+        let len = 32.min((PAGE_SIZE - (la & PAGE_MASK)) as usize);
+        // SAFETY: a page of live guest memory, and the range ends inside it.
+        unsafe {
+            std::ptr::copy_nonoverlapping(host.add((la & PAGE_MASK) as usize), bytes.as_mut_ptr(), len);
+        }
+        Some((bytes, len))
+    }
+
     fn each_set(&mut self, mut f: impl FnMut(&mut TlbSet)) {
         f(&mut self.supervisor);
         f(&mut self.supervisor_ac);
@@ -200,6 +215,30 @@ impl SoftVp {
         let host = self.phys_page(gpa).map_or(std::ptr::null_mut(), |p| p.host);
         self.mmu.set(class).code_fill(la & !PAGE_MASK, gpa, host, walked.shift, walked.global);
         Ok(CodePage { gpa, host })
+    }
+
+    /// Who fetches instructions now.
+    pub(crate) fn code_class(&self) -> Class {
+        if self.s.cpl == 3 { Class::User } else { Class::Supervisor }
+    }
+
+    /// First slot of the jump table for code at the current privilege ([`crate::translate::jump_table`]).
+    pub(crate) fn jump_table(&mut self) -> u64 {
+        let class = self.code_class();
+        self.mmu.set(class).jumps.base()
+    }
+
+    /// Enters a target into the jump table. Its page must just have been fetched from.
+    pub(crate) fn enter_jump(&mut self, rip: u64, host: u64) {
+        let class = self.code_class();
+        let set = self.mmu.set(class);
+        let global = set.code_is_global(rip & !PAGE_MASK);
+        set.jumps.insert(rip, host, global);
+    }
+
+    /// Empties all jump tables.
+    pub(crate) fn flush_jumps(&mut self) {
+        self.mmu.each_set(|set| set.jumps.flush_all());
     }
 
     /// Drops all translations.

@@ -8,6 +8,7 @@
 //! would hit a zero tag (there it is [`EMPTY_SLOT0`]). So fresh zeroed memory is an empty set, and an idle VP's sets cost
 //! nothing. Flushing costs as much as was filled: a log names the filled slots.
 
+use crate::translate::jump_table::JumpTable;
 use std::alloc::{Layout, alloc_zeroed, handle_alloc_error};
 use std::ops::{Index, IndexMut};
 use x86::paging::PAGE_MASK;
@@ -126,6 +127,8 @@ pub struct TlbSet {
     /// Instruction-side entries of other epochs are empty: epochs of local and of global entries.
     code_epochs: [u64; 2],
     code_large: bool,
+    /// Where translated code finds jump targets; flushed with the instruction side.
+    pub jumps: JumpTable,
 }
 
 /// Bit of a region number in a 64-bit filter.
@@ -148,6 +151,7 @@ impl TlbSet {
             code: Box::new([CodeEntry::default(); CODE_SLOTS]),
             code_epochs: [1; 2],
             code_large: false,
+            jumps: JumpTable::new(),
         }
     }
 
@@ -207,6 +211,7 @@ impl TlbSet {
         }
         self.local.clear();
         self.code_epochs[0] += 1;
+        self.jumps.flush_local();
     }
 
     /// Drops every entry.
@@ -221,6 +226,7 @@ impl TlbSet {
         self.large = 0;
         self.huge = 0;
         self.flush_code();
+        self.jumps.flush_all();
     }
 
     /// Drops the instruction side.
@@ -252,7 +258,9 @@ impl TlbSet {
         }
         if self.code_large {
             self.flush_code();
+            self.jumps.flush_all();
         } else {
+            self.jumps.invalidate(la);
             let e = &mut self.code[(la >> 12) as usize & (CODE_SLOTS - 1)];
             if e.page == page {
                 e.epoch = 0;
@@ -278,6 +286,12 @@ impl TlbSet {
     pub fn code_lookup(&self, page: u64) -> Option<(u64, *mut u8)> {
         let e = &self.code[(page >> 12) as usize & (CODE_SLOTS - 1)];
         (e.page == page && e.epoch == self.code_epochs[usize::from(e.global)]).then_some((e.gpa, e.host as *mut u8))
+    }
+
+    /// Is the page's entry on the instruction side that of a global page?
+    pub fn code_is_global(&self, page: u64) -> bool {
+        let e = &self.code[(page >> 12) as usize & (CODE_SLOTS - 1)];
+        e.page == page && e.global && e.epoch == self.code_epochs[1]
     }
 
     /// Enters an instruction page.

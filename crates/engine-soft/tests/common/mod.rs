@@ -151,12 +151,31 @@ impl Bench {
     }
 
     pub fn with_memory(engine: &dyn Engine, model: &str, vps: u32, memory: Arc<GuestMemory>) -> Self {
+        Self::with_options(engine, model, vps, memory, EngineOptions::default())
+    }
+
+    pub fn with_options(
+        engine: &dyn Engine,
+        model: &str,
+        vps: u32,
+        memory: Arc<GuestMemory>,
+        options: EngineOptions,
+    ) -> Self {
         let model = CpuModel::by_name(model).unwrap();
         let hz = Clock::new().tsc_frequency_hz();
-        Self::with_tables(engine, (0..vps).map(|n| model.table(n, vps, hz)).collect(), memory)
+        Self::with_all(engine, (0..vps).map(|n| model.table(n, vps, hz)).collect(), memory, options)
     }
 
     pub fn with_tables(engine: &dyn Engine, cpuid: Vec<CpuidTable>, memory: Arc<GuestMemory>) -> Self {
+        Self::with_all(engine, cpuid, memory, EngineOptions::default())
+    }
+
+    fn with_all(
+        engine: &dyn Engine,
+        cpuid: Vec<CpuidTable>,
+        memory: Arc<GuestMemory>,
+        options: EngineOptions,
+    ) -> Self {
         let clock = Arc::new(Clock::new());
         let signature = cpuid[0].get(1, 0).eax;
         let vps = cpuid.len() as u32;
@@ -167,7 +186,7 @@ impl Bench {
             cpuid,
             msr_exits: vec![0x4000_0000..=0x4000_1fff],
             hypercall_port: Some(PORT_HYPERCALL),
-            options: EngineOptions::default(),
+            options,
         };
         let partition = engine.create(config).unwrap();
         let board = Arc::new(Board::default());

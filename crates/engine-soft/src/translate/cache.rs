@@ -1,0 +1,227 @@
+//! Translated blocks: where they are, who jumps to them, and when they go.
+
+use super::code_memory::CodeMemory;
+use super::lower::{Lowered, Site};
+use super::thunks::{self, Thunks};
+use std::collections::HashMap;
+use std::hash::{BuildHasherDefault, Hasher};
+use std::io;
+
+/// A quick hash for keys that are addresses.
+#[derive(Default)]
+pub struct AddressHasher(u64);
+
+impl Hasher for AddressHasher {
+    fn finish(&self) -> u64 {
+        self.0
+    }
+    fn write(&mut self, bytes: &[u8]) {
+        for b in bytes {
+            self.write_u64(u64::from(*b));
+        }
+    }
+    fn write_u64(&mut self, value: u64) {
+        self.0 = (self.0.rotate_left(5) ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        self.0 ^= self.0 >> 29;
+    }
+}
+
+type AddressMap<K, V> = HashMap<K, V, BuildHasherDefault<AddressHasher>>;
+
+/// What a block was translated from: linear and physical address of its first instruction.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct Key {
+    /// RIP.
+    pub rip: u64,
+    /// Physical address of that byte.
+    pub gpa: u64,
+}
+
+struct Block {
+    key: Key,
+    entry: u64,
+    table_entry: u64,
+    /// Exits of other blocks that are patched to this one.
+    incoming: Vec<u32>,
+    alive: bool,
+}
+
+struct ExitRecord {
+    target: u64,
+    patch: u64,
+    stub: u64,
+    block: u32,
+}
+
+/// A physical page with blocks.
+struct CodePage {
+    generation: u32,
+    blocks: Vec<u32>,
+}
+
+/// A VP's translator.
+pub struct Translator {
+    memory: CodeMemory,
+    /// The fixed pieces.
+    pub thunks: Thunks,
+    hot: usize,
+    hot_end: usize,
+    cold: usize,
+    blocks: Vec<Block>,
+    by_key: AddressMap<Key, u32>,
+    pages: AddressMap<u64, CodePage>,
+    exits: Vec<ExitRecord>,
+    sites: Vec<Site>,
+    /// Blocks translated, instructions in them, flushes of everything, blocks dropped because code changed.
+    pub stats: [u64; 4],
+}
+
+/// Room that one block may need at most in each area.
+const BLOCK_ROOM: usize = 16 << 10;
+
+impl Translator {
+    /// A translator with a code cache of `bytes`. Fails where the host gives no executable memory.
+    pub fn new(bytes: usize, interpret: thunks::InterpretHelper, vector: thunks::InterpretHelper) -> io::Result<Self> {
+        let mut memory = CodeMemory::new(bytes.max(1 << 20))?;
+        let (code, thunks) = thunks::build(memory.exec(0) as u64, interpret, vector);
+        if !memory.put(0, &code) {
+            return Err(io::ErrorKind::OutOfMemory.into());
+        }
+        let hot = thunks.len.next_multiple_of(64);
+        let hot_end = memory.len() / 4 * 3;
+        Ok(Self {
+            memory,
+            thunks,
+            hot,
+            hot_end,
+            cold: hot_end,
+            blocks: Vec::new(),
+            by_key: AddressMap::default(),
+            pages: AddressMap::default(),
+            exits: Vec::new(),
+            sites: Vec::new(),
+            stats: [0; 4],
+        })
+    }
+
+    /// The block for a key.
+    pub fn find(&self, key: Key) -> Option<u32> {
+        self.by_key.get(&key).copied()
+    }
+
+    /// Is there room for one more block?
+    pub fn has_room(&self) -> bool {
+        self.hot + BLOCK_ROOM <= self.hot_end && self.cold + BLOCK_ROOM <= self.memory.len()
+    }
+
+    /// Where the next block's hot and cold code go, and the number of its first exit.
+    pub fn next(&self) -> (u64, u64, u32) {
+        (self.memory.exec(self.hot) as u64, self.memory.exec(self.cold) as u64, self.exits.len() as u32)
+    }
+
+    /// Enters a block that was lowered for [`Translator::next`]. `None` if it is too large.
+    pub fn insert(&mut self, key: Key, generation: u32, lowered: Lowered) -> Option<u32> {
+        let Lowered { hot, cold, entry, table_entry, exits, sites, count, .. } = lowered;
+        if hot.bytes.len() > BLOCK_ROOM || cold.bytes.len() > BLOCK_ROOM {
+            return None;
+        }
+        if !self.memory.put(self.hot, &hot.bytes) || !self.memory.put(self.cold, &cold.bytes) {
+            return None;
+        }
+        self.hot = (self.hot + hot.bytes.len()).next_multiple_of(16);
+        self.cold += cold.bytes.len();
+        let id = self.blocks.len() as u32;
+        self.exits.extend(exits.iter().map(|e| ExitRecord {
+            target: e.target,
+            patch: e.patch,
+            stub: e.stub,
+            block: id,
+        }));
+        self.sites.extend(sites);
+        self.blocks.push(Block { key, entry, table_entry, incoming: Vec::new(), alive: true });
+        self.by_key.insert(key, id);
+        let page = self.pages.entry(key.gpa >> 12).or_insert(CodePage { generation, blocks: Vec::new() });
+        page.blocks.push(id);
+        self.stats[0] += 1;
+        self.stats[1] += u64::from(count);
+        Some(id)
+    }
+
+    /// Entry with the flags in the host's register.
+    pub fn entry(&self, block: u32) -> u64 {
+        self.blocks[block as usize].entry
+    }
+    /// Entry through the jump table.
+    pub fn table_entry(&self, block: u32) -> u64 {
+        self.blocks[block as usize].table_entry
+    }
+
+    /// Target of a direct exit.
+    pub fn exit_target(&self, exit: u64) -> Option<u64> {
+        self.exits.get(exit as usize).map(|e| e.target)
+    }
+
+    /// Makes a direct exit jump straight to a block.
+    pub fn chain(&mut self, exit: u64, block: u32) {
+        let Some(e) = self.exits.get(exit as usize) else { return };
+        let (from, to) = (&self.blocks[e.block as usize], &self.blocks[block as usize]);
+        // Both on one physical page at one linear page: the jump stays right as long as both live.
+        if !from.alive || !to.alive || from.key.gpa >> 12 != to.key.gpa >> 12 || to.key.rip != e.target {
+            return;
+        }
+        let (patch, entry) = (e.patch, to.entry);
+        self.patch(patch, entry);
+        self.blocks[block as usize].incoming.push(exit as u32);
+    }
+
+    fn patch(&self, at: u64, target: u64) {
+        let offset = (at - self.memory.exec(0) as u64) as usize;
+        let rel = target.wrapping_sub(at + 4) as u32;
+        debug_assert!(offset + 4 <= self.memory.len());
+        // SAFETY: `at` is the address of a displacement in a block, which lies inside the memory. This thread is the only
+        // one that executes it, and it is not executing it now.
+        unsafe { self.memory.writable(offset).cast::<u32>().write_unaligned(rel) };
+    }
+
+    /// The generation that a page's blocks were made from.
+    pub fn page_generation(&self, gpa_page: u64) -> Option<u32> {
+        self.pages.get(&gpa_page).map(|p| p.generation)
+    }
+
+    /// Pages with blocks, and their generations.
+    pub fn changed_pages(&self, now: impl Fn(u64) -> u32) -> Vec<u64> {
+        self.pages.iter().filter(|(page, p)| now(**page) != p.generation).map(|(page, _)| *page).collect()
+    }
+
+    /// Drops a page's blocks. The caller flushes the jump tables.
+    pub fn drop_page(&mut self, gpa_page: u64) {
+        let Some(page) = self.pages.remove(&gpa_page) else { return };
+        for id in page.blocks {
+            let block = &mut self.blocks[id as usize];
+            block.alive = false;
+            self.by_key.remove(&block.key);
+            self.stats[3] += 1;
+            for exit in std::mem::take(&mut block.incoming) {
+                let e = &self.exits[exit as usize];
+                self.patch(e.patch, e.stub);
+            }
+        }
+    }
+
+    /// Drops everything. The caller flushes the jump tables.
+    pub fn flush(&mut self) {
+        self.blocks.clear();
+        self.by_key.clear();
+        self.pages.clear();
+        self.exits.clear();
+        self.sites.clear();
+        self.hot = self.thunks.len.next_multiple_of(64);
+        self.cold = self.hot_end;
+        self.stats[2] += 1;
+    }
+
+    /// The signal site at a host address. Async-signal-safe.
+    pub fn site(&self, at: u64) -> Option<&Site> {
+        self.sites.binary_search_by_key(&at, |s| s.at).ok().map(|i| &self.sites[i])
+    }
+}

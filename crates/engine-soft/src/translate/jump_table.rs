@@ -1,0 +1,143 @@
+//! The table through which translated code finds the targets of indirect and page-crossing jumps.
+//!
+//! Direct-mapped by the low 16 bits of RIP. There is one for each TLB set that code is fetched through, and it is
+//! flushed with it: an entry says that RIP translates to the page that the block was made from, and that this privilege
+//! level may execute it.
+
+use super::lower::JUMP_SLOTS;
+use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+
+/// A slot, as translated code reads it.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Slot {
+    rip: u64,
+    host: u64,
+}
+
+/// The table. Fresh zeroed memory is empty but for slot 0: RIP 0 belongs to slot 0 only.
+pub struct JumpTable {
+    slots: *mut Slot,
+    local: Vec<u16>,
+    global: Vec<u16>,
+    /// Filter of the pages that have entries.
+    pages: u64,
+}
+
+// SAFETY: owns its memory; used by one thread at a time.
+unsafe impl Send for JumpTable {}
+
+fn layout() -> Layout {
+    Layout::array::<Slot>(JUMP_SLOTS).unwrap_or(Layout::new::<Slot>())
+}
+
+fn page_bit(rip: u64) -> u64 {
+    1 << ((rip >> 12).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 58)
+}
+
+impl JumpTable {
+    /// An empty table.
+    pub fn new() -> Self {
+        // SAFETY: the layout is not empty.
+        let slots = unsafe { alloc_zeroed(layout()) }.cast::<Slot>();
+        if slots.is_null() {
+            handle_alloc_error(layout());
+        }
+        // SAFETY: slot 0 is inside; a RIP of 1 never belongs there.
+        unsafe { (*slots).rip = 1 };
+        Self { slots, local: Vec::new(), global: Vec::new(), pages: 0 }
+    }
+
+    /// Address of slot 0.
+    pub fn base(&self) -> u64 {
+        self.slots as u64
+    }
+
+    /// Enters a target. A global one survives [`JumpTable::flush_local`].
+    pub fn insert(&mut self, rip: u64, host: u64, global: bool) {
+        let slot = rip as u16;
+        // SAFETY: the table has a slot for each 16-bit number.
+        unsafe { *self.slots.add(usize::from(slot)) = Slot { rip, host } };
+        if global {
+            self.global.push(slot);
+        } else {
+            self.local.push(slot);
+        }
+        self.pages |= page_bit(rip);
+        if self.local.len() + self.global.len() > 4 * JUMP_SLOTS {
+            self.flush_all();
+        }
+    }
+
+    /// The host address for a RIP.
+    pub fn get(&self, rip: u64) -> Option<u64> {
+        // SAFETY: as in `insert`.
+        let slot = unsafe { *self.slots.add(usize::from(rip as u16)) };
+        (slot.rip == rip).then_some(slot.host)
+    }
+
+    fn clear(&mut self, slot: u16) {
+        // SAFETY: as in `insert`.
+        unsafe { (*self.slots.add(usize::from(slot))).rip = u64::from(slot == 0) };
+    }
+
+    /// Drops what was not entered as global. (A global entry whose slot was used by another one before may go too.)
+    pub fn flush_local(&mut self) {
+        for slot in std::mem::take(&mut self.local) {
+            self.clear(slot);
+        }
+    }
+
+    /// Drops everything.
+    pub fn flush_all(&mut self) {
+        self.flush_local();
+        for slot in std::mem::take(&mut self.global) {
+            self.clear(slot);
+        }
+        self.pages = 0;
+    }
+
+    /// Drops everything if something of this address's page may be there.
+    pub fn invalidate(&mut self, la: u64) {
+        if self.pages & page_bit(la) != 0 {
+            self.flush_all();
+        }
+    }
+}
+
+impl Default for JumpTable {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Drop for JumpTable {
+    fn drop(&mut self) {
+        // SAFETY: allocated with this layout in `new`.
+        unsafe { dealloc(self.slots.cast(), layout()) };
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn finds_what_was_entered_until_it_is_flushed() {
+        let mut t = JumpTable::new();
+        assert_eq!((t.get(0), t.get(1), t.get(0x10000)), (None, None, None));
+        t.insert(0x7fff_1234_5678, 10, false);
+        t.insert(0xffff_ffff_8100_0000, 11, true);
+        assert_eq!(t.get(0x7fff_1234_5678), Some(10));
+        assert_eq!(t.get(0x5678), None);
+        t.flush_local();
+        assert_eq!(t.get(0x7fff_1234_5678), None);
+        assert_eq!(t.get(0xffff_ffff_8100_0000), Some(11));
+        t.invalidate(0xffff_ffff_8100_0fff);
+        assert_eq!(t.get(0xffff_ffff_8100_0000), None);
+        t.insert(0, 12, false);
+        assert_eq!(t.get(0), Some(12));
+        t.flush_all();
+        assert_eq!(t.get(0), None);
+    }
+}

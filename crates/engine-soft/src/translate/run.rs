@@ -1,0 +1,252 @@
+//! Executing through translations: finding, making and chaining blocks, and what happens when they come back.
+
+use super::cache::{Key, Translator};
+use super::lower::lower;
+use super::{flags, thunks};
+use crate::interp;
+use crate::vp::{CodeSize, SoftVp, VpBlock, attention};
+use partition::Activity;
+use std::cell::Cell;
+use std::sync::atomic::Ordering;
+use x86::paging::PAGE_SIZE;
+use x86::regs::{cr0, cr4, rflags, xcr0};
+
+thread_local! {
+    /// The translator whose code this thread executes, for the signal handler.
+    static CURRENT: Cell<*const Translator> = const { Cell::new(std::ptr::null()) };
+}
+
+/// Called from translated code: executes the instruction at the VP block's RIP. Not zero if the block can go on behind
+/// its `len` bytes.
+unsafe extern "C" fn interpret(vp: *mut SoftVp, len: u64) -> u64 {
+    // SAFETY: translated code passes the VP that `run` stored, and `run` does not use its reference meanwhile.
+    let vp = unsafe { &mut *vp };
+    let (expected, cpl) = (vp.s.rip.wrapping_add(len), vp.s.cpl);
+    interp::one(vp);
+    let go_on = vp.s.rip == expected
+        && vp.s.cpl == cpl
+        && vp.s.code_size == CodeSize::Bits64
+        && vp.s.attention.load(Ordering::Relaxed) == 0
+        && vp.activity == Activity::Running;
+    u64::from(go_on)
+}
+
+/// Called from translated code: may the vector state be used at this level (1 SSE and x87, 2 AVX)? Gives the level that
+/// may, or 0.
+unsafe extern "C" fn vector(vp: *mut SoftVp, level: u64) -> u64 {
+    // SAFETY: as in `interpret`.
+    let s = unsafe { &(*vp).s };
+    if s.cr0 & (cr0::EM | cr0::TS) != 0 || s.cr4 & cr4::OSFXSR == 0 {
+        return 0;
+    }
+    let both = xcr0::SSE | xcr0::AVX;
+    let avx = s.cr4 & cr4::OSXSAVE != 0 && s.xcr0 & both == both && s.rflags & rflags::VM == 0;
+    let have = 1 + u64::from(avx);
+    if have >= level { have } else { 0 }
+}
+
+/// Executes until something wants attention; the same contract as [`interp::run`].
+pub fn run(vp: &mut SoftVp) {
+    let Some(mut translator) = take(vp) else {
+        interp::run(vp);
+        return;
+    };
+    run_with(vp, &mut translator);
+    vp.translator = Some(translator);
+}
+
+/// The VP's translator, made on first use. `None`: the host gives no executable memory.
+fn take(vp: &mut SoftVp) -> Option<Box<Translator>> {
+    if let Some(translator) = vp.translator.take() {
+        return Some(translator);
+    }
+    if vp.translator_refused {
+        return None;
+    }
+    crate::signals::install();
+    let share = vp.partition.options.code_cache_bytes / vp.partition.vp_count().max(1) as usize;
+    match Translator::new(share, interpret, vector) {
+        Ok(translator) => Some(Box::new(translator)),
+        Err(error) => {
+            tracing::warn!(%error, "the host gives no executable memory (vm.memfd_noexec, SELinux execmem?): \
+                the guest is interpreted, many times slower");
+            vp.translator_refused = true;
+            None
+        }
+    }
+}
+
+fn run_with(vp: &mut SoftVp, t: &mut Translator) {
+    if vp.s.attention.load(Ordering::SeqCst) & attention::BOUNDARY != 0 {
+        interp::run(vp);
+        drop_changed(vp, t);
+        return;
+    }
+    // A direct exit that waits for its target's block.
+    let mut pending_exit = None;
+    let mut through_table = false;
+    loop {
+        let bits = vp.s.attention.load(Ordering::SeqCst);
+        if bits & attention::CODE != 0 {
+            vp.s.attention.fetch_and(!attention::CODE, Ordering::SeqCst);
+            // The interpreter looks the generation of its page up again.
+            vp.decoded.current.page = 1;
+            drop_changed(vp, t);
+            pending_exit = None;
+        }
+        if bits & !attention::CODE != 0 || vp.activity != Activity::Running {
+            return;
+        }
+        if vp.s.code_size != CodeSize::Bits64 {
+            interp::run_until(vp, true);
+            // The interpreter may have seen and cleared the note that code has changed.
+            drop_changed(vp, t);
+            pending_exit = None;
+            through_table = false;
+            continue;
+        }
+        let Some(block) = find(vp, t) else {
+            interp::one(vp);
+            pending_exit = None;
+            through_table = false;
+            continue;
+        };
+        // Translating may have asked this VP to drop its write permission for the page, which comes first.
+        if vp.s.attention.load(Ordering::SeqCst) != 0 {
+            pending_exit = None;
+            continue;
+        }
+        if let Some(exit) = pending_exit.take() {
+            t.chain(exit, block);
+        }
+        if through_table {
+            let (rip, host) = (vp.s.rip, t.table_entry(block));
+            vp.enter_jump(rip, host);
+        }
+        let (code, value) = execute(vp, t, t.entry(block));
+        through_table = false;
+        match code {
+            thunks::code::DIRECT => {
+                if let Some(target) = t.exit_target(value) {
+                    vp.s.rip = target;
+                    pending_exit = Some(value);
+                }
+            }
+            thunks::code::INTERPRET => {
+                vp.s.rip = value;
+                interp::one(vp);
+            }
+            thunks::code::TABLE => {
+                vp.s.rip = value;
+                through_table = true;
+            }
+            thunks::code::RESUME => vp.s.rip = value,
+            _ => {}
+        }
+    }
+}
+
+/// Enters translated code; gives the exit's code and value.
+fn execute(vp: &mut SoftVp, t: &Translator, entry: u64) -> (u64, u64) {
+    vp.s.jit.jump_table = vp.jump_table();
+    let vp_pointer: *mut SoftVp = vp;
+    // SAFETY: a live VP.
+    let block: *mut VpBlock = unsafe {
+        (*vp_pointer).s.jit.vp = vp_pointer as u64;
+        &raw mut *(*vp_pointer).s
+    };
+    if !t.thunks.fsgsbase {
+        thunks::set_gs_base(block);
+    }
+    // SAFETY: `enter` was generated with this signature; it keeps the callee-saved registers. Translated code reaches
+    // host memory only through the TLB, the VP block and the jump table, and calls back only `interpret` and `vector`,
+    // with the pointer just stored; this function does not use its reference until it returns.
+    unsafe {
+        let enter: unsafe extern "C" fn(*mut VpBlock, u64) -> u64 = std::mem::transmute(t.thunks.enter as *const ());
+        CURRENT.set(t);
+        let code = enter(block, entry);
+        CURRENT.set(std::ptr::null());
+        (code, (*vp_pointer).s.jit.exit_value)
+    }
+}
+
+/// The block at the VP's RIP, translated if need be. `None`: not from plain memory, or the fetch faults.
+fn find(vp: &mut SoftVp, t: &mut Translator) -> Option<u32> {
+    let rip = vp.s.rip;
+    let page = vp.fetch_page(rip).ok()?;
+    if page.host.is_null() {
+        return None;
+    }
+    let offset = rip & (PAGE_SIZE - 1);
+    let key = Key { rip, gpa: page.gpa | offset };
+    if let Some(block) = t.find(key) {
+        return Some(block);
+    }
+    translate(vp, t, key, page.host)
+}
+
+fn translate(vp: &mut SoftVp, t: &mut Translator, key: Key, host: *const u8) -> Option<u32> {
+    let generation = vp.partition.track_code(key.gpa >> 12);
+    if t.page_generation(key.gpa >> 12).is_some_and(|g| g != generation) {
+        t.drop_page(key.gpa >> 12);
+        vp.flush_jumps();
+    }
+    if !t.has_room() {
+        t.flush();
+        vp.flush_jumps();
+    }
+    let mut bytes = [0u8; PAGE_SIZE as usize];
+    // SAFETY: `host` is the page that `fetch_page` found: live guest memory. It may change while it is copied; then its
+    // generation changes too, and the block is dropped.
+    unsafe { std::ptr::copy_nonoverlapping(host, bytes.as_mut_ptr(), bytes.len()) };
+    let offset = (key.rip & (PAGE_SIZE - 1)) as usize;
+    let class = vp.code_class();
+    let far = std::cell::RefCell::new(&mut vp.mmu);
+    let peek = |target: u64| -> u8 {
+        if target >> 12 == key.rip >> 12 {
+            return flags::peek(&bytes[(target & (PAGE_SIZE - 1)) as usize..]);
+        }
+        match far.borrow_mut().peek_code(class, target) {
+            Some((bytes, len)) => flags::peek(&bytes[..len]),
+            None => flags::ALL,
+        }
+    };
+    let (hot, cold, exit) = t.next();
+    let lowered = lower(key.rip, &bytes[offset..], &peek, &vp.features, &t.thunks, hot, cold, exit)?;
+    t.insert(key, generation, lowered)
+}
+
+/// Drops the blocks of pages that have changed.
+fn drop_changed(vp: &mut SoftVp, t: &mut Translator) {
+    let generations = &vp.partition.code_generations;
+    let changed = t.changed_pages(|page| generations.get(page));
+    if changed.is_empty() {
+        return;
+    }
+    for page in changed {
+        t.drop_page(page);
+    }
+    vp.flush_jumps();
+}
+
+/// Called by the process's signal handler: if the signal was raised by translated code of this thread, has the
+/// interpreter execute the instruction (and raise the guest's exception). Says whether it was.
+///
+/// # Safety
+/// Only from a signal handler, with its `ucontext`.
+pub unsafe fn take_signal(context: *mut libc::ucontext_t) -> bool {
+    let current = CURRENT.with(Cell::get);
+    if current.is_null() {
+        return false;
+    }
+    // SAFETY: `current` is the translator that `execute` on this thread uses: nobody changes it meanwhile.
+    unsafe {
+        let gregs = &mut (*context).uc_mcontext.gregs;
+        let t = &*current;
+        let Some(site) = t.site(gregs[libc::REG_RIP as usize] as u64) else { return false };
+        gregs[libc::REG_R9 as usize] = site.rip as i64;
+        gregs[libc::REG_RIP as usize] =
+            if site.lazy { t.thunks.exit_interpret_lazy } else { t.thunks.exit_interpret } as i64;
+    }
+    true
+}

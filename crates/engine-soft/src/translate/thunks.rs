@@ -1,0 +1,238 @@
+//! The fixed pieces of generated code: into it, out of it, and from it to Rust and back.
+//!
+//! Inside, the host's stack pointer stays where [`Thunks::enter`] left it (16-byte aligned), the GS base is the VP
+//! block, and the guest's registers are where [`super::lower`] says.
+
+use super::JitState;
+use super::emit::{A, Asm, B, C, SP, cc};
+use super::lower::jit;
+use crate::native::host_components;
+use crate::vp::VpBlock;
+use std::mem::offset_of;
+use x86::regs::rflags::STATUS;
+use x86::xsave::legacy;
+
+/// Why translated code came back.
+pub mod code {
+    #![allow(missing_docs)]
+    /// A direct exit that is not patched: the value is its number.
+    pub const DIRECT: u64 = 0;
+    /// The value is the RIP of an instruction for the interpreter.
+    pub const INTERPRET: u64 = 1;
+    /// Attention at a direct jump: the value is RIP.
+    pub const RESUME: u64 = 2;
+    /// Not in the jump table, or attention: the value is RIP.
+    pub const TABLE: u64 = 3;
+    /// The interpreter was called and execution cannot go on in the block; the VP block's RIP is right.
+    pub const STATE: u64 = 4;
+}
+
+/// Addresses of the pieces.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Thunks {
+    /// `extern "C" fn(*mut VpBlock, entry) -> code`.
+    pub enter: u64,
+    /// A: number of the exit; flags in the host's register.
+    pub exit_direct: u64,
+    /// A: RIP; flags in the host's register.
+    pub exit_interpret: u64,
+    /// A: RIP; flags in `lazy`.
+    pub exit_interpret_lazy: u64,
+    /// A: RIP; flags in the host's register.
+    pub exit_resume: u64,
+    /// A: RIP; flags in `lazy`.
+    pub exit_table: u64,
+    /// Called with A: RIP, B: length. Returns if the block can go on.
+    pub call_interpreter: u64,
+    /// Called with A: RIP, C: level. Returns with the vector state loaded.
+    pub call_vector: u64,
+    /// The host has BMI2.
+    pub bmi2: bool,
+    /// The host lets us set the GS base in user mode.
+    pub fsgsbase: bool,
+    /// Bytes of all pieces.
+    pub len: usize,
+}
+
+/// `extern "C" fn(vp: *mut SoftVp, len) -> go on?`.
+pub type InterpretHelper = unsafe extern "C" fn(*mut crate::vp::SoftVp, u64) -> u64;
+
+/// Guest registers that live in host registers: (guest, host).
+const HELD: [(u8, u8); 12] =
+    [(0, 0), (1, 1), (2, 2), (3, 3), (5, 5), (6, 6), (7, 7), (8, 8), (12, 12), (13, 13), (14, 14), (4, SP)];
+
+fn rflags() -> usize {
+    offset_of!(VpBlock, rflags)
+}
+fn xsave() -> usize {
+    offset_of!(VpBlock, xsave)
+}
+
+/// Registers and flags (which must be in the host's register) into the VP block. Destroys RAX, RCX.
+fn save_state(a: &mut Asm) {
+    for (guest, host) in HELD {
+        a.store_gs(host, 8 * guest as usize);
+    }
+    a.pushf();
+    a.b(0x58); // pop rax
+    a.alu_imm(false, 4, 0, STATUS as i32);
+    a.load_gs(1, rflags());
+    a.alu_imm(true, 4, 1, !(STATUS as i32));
+    a.bs(&[0x48, 0x09, 0xc8]); // or rax, rcx
+    a.store_gs(0, rflags());
+}
+
+fn load_state(a: &mut Asm) {
+    a.load_gs(0, rflags());
+    a.alu_imm(false, 4, 0, STATUS as i32);
+    a.b(0x50); // push rax
+    a.popf();
+    for (guest, host) in HELD {
+        a.load_gs(host, 8 * guest as usize);
+    }
+}
+
+/// `op gs:[offset]` for the 0F AE group.
+fn state_op(a: &mut Asm, wide: bool, ext: u8, offset: usize) {
+    a.b(0x65);
+    if wide {
+        a.b(0x48);
+    }
+    a.bs(&[0x0f, 0xae, ext << 3 | 4, 0x25]);
+    a.d(offset as u32);
+}
+
+/// Stores the vector state if it is loaded, and gives the host its own. Destroys RAX, RDX. `forget`: it is then not
+/// loaded any more.
+fn spill(a: &mut Asm, forget: bool) {
+    a.cmp_gs32(jit!(vector), 0);
+    let skip = a.jcc(cc::E, 0);
+    a.mov_imm(0, host_components());
+    a.bs(&[0x31, 0xd2]); // xor edx, edx
+    state_op(a, true, 4, xsave());
+    // The last x87 instruction's address would be a host address.
+    a.store_gs_imm(xsave() + legacy::FIP, 0);
+    a.store_gs_imm(xsave() + legacy::FDP, 0);
+    a.bs(&[0x65, 0x66, 0xc7, 0x04, 0x25]);
+    a.d((xsave() + legacy::FOP) as u32);
+    a.bs(&[0, 0]);
+    if host_components() & 4 != 0 {
+        a.bs(&[0xc5, 0xf8, 0x77]); // vzeroupper
+    }
+    a.bs(&[0xdb, 0xe3]); // fninit
+    state_op(a, false, 2, jit!(host_mxcsr)); // ldmxcsr
+    if forget {
+        a.store_gs_imm(jit!(vector), 0);
+    }
+    let here = a.here();
+    a.patch(skip, here);
+}
+
+fn reload_vector(a: &mut Asm) {
+    a.mov_imm(0, host_components());
+    a.bs(&[0x31, 0xd2]);
+    state_op(a, true, 5, xsave()); // xrstor64
+}
+
+/// Ends with the return to Rust; the code is in RAX's slot of the argument.
+fn leave(a: &mut Asm, code: u64) {
+    spill(a, true);
+    a.load_gs(4, jit!(host_rsp));
+    a.mov_imm(0, code);
+    a.alu_imm(true, 0, 4, 8);
+    a.bs(&[0x41, 0x5f, 0x41, 0x5e, 0x41, 0x5d, 0x41, 0x5c, 0x5d, 0x5b, 0xc3]);
+}
+
+/// Generates the pieces for an address.
+pub fn build(base: u64, interpret: InterpretHelper, vector: InterpretHelper) -> (Vec<u8>, Thunks) {
+    let mut a = Asm::new(base);
+    let mut t = Thunks { bmi2: std::arch::is_x86_feature_detected!("bmi2"), fsgsbase: fsgsbase(), ..Thunks::default() };
+
+    t.enter = a.here();
+    // push rbx, rbp, r12-r15; sub rsp, 8
+    a.bs(&[0x53, 0x55, 0x41, 0x54, 0x41, 0x55, 0x41, 0x56, 0x41, 0x57, 0x48, 0x83, 0xec, 8]);
+    if t.fsgsbase {
+        a.bs(&[0xf3, 0x48, 0x0f, 0xae, 0xdf]); // wrgsbase rdi
+    }
+    a.store_gs(4, jit!(host_rsp));
+    a.mov(A, 6);
+    load_state(&mut a);
+    a.bs(&[0x41, 0xff, 0xe1]); // jmp r9
+
+    let exit = |a: &mut Asm, code: u64, lazy: bool| {
+        let at = a.here();
+        if lazy {
+            a.push_gs(jit!(lazy));
+            a.popf();
+        }
+        save_state(a);
+        a.store_gs(A, jit!(exit_value));
+        leave(a, code);
+        at
+    };
+    t.exit_direct = exit(&mut a, code::DIRECT, false);
+    t.exit_interpret = exit(&mut a, code::INTERPRET, false);
+    t.exit_interpret_lazy = exit(&mut a, code::INTERPRET, true);
+    t.exit_resume = exit(&mut a, code::RESUME, false);
+    t.exit_table = exit(&mut a, code::TABLE, true);
+
+    t.call_interpreter = a.here();
+    save_state(&mut a);
+    a.store_gs(A, offset_of!(VpBlock, rip));
+    spill(&mut a, false);
+    a.load_gs(7, jit!(vp));
+    a.mov(6, B);
+    a.alu_imm(true, 5, 4, 8); // sub rsp, 8
+    a.mov_imm(0, interpret as usize as u64);
+    a.bs(&[0xff, 0xd0]); // call rax
+    a.alu_imm(true, 0, 4, 8);
+    a.bs(&[0x85, 0xc0]); // test eax, eax
+    let failed = a.jcc(cc::E, 0);
+    a.cmp_gs32(jit!(vector), 0);
+    let not_loaded = a.jcc(cc::E, 0);
+    reload_vector(&mut a);
+    let here = a.here();
+    a.patch(not_loaded, here);
+    load_state(&mut a);
+    a.b(0xc3);
+    let here = a.here();
+    a.patch(failed, here);
+    a.store_gs_imm(jit!(vector), 0);
+    leave(&mut a, code::STATE);
+
+    t.call_vector = a.here();
+    save_state(&mut a);
+    a.store_gs(A, jit!(exit_value));
+    spill(&mut a, true);
+    a.load_gs(7, jit!(vp));
+    a.mov(6, C);
+    a.alu_imm(true, 5, 4, 8);
+    a.mov_imm(0, vector as usize as u64);
+    a.bs(&[0xff, 0xd0]);
+    a.alu_imm(true, 0, 4, 8);
+    a.bs(&[0x85, 0xc0]);
+    let refused = a.jcc(cc::E, 0);
+    a.store_gs(0, jit!(vector));
+    reload_vector(&mut a);
+    load_state(&mut a);
+    a.b(0xc3);
+    let here = a.here();
+    a.patch(refused, here);
+    leave(&mut a, code::INTERPRET);
+
+    t.len = a.bytes.len();
+    (a.bytes, t)
+}
+
+/// May user mode write the GS base (HWCAP2 bit 1, kernels since 5.9)?
+fn fsgsbase() -> bool {
+    // SAFETY: getauxval reads a process constant.
+    unsafe { libc::getauxval(libc::AT_HWCAP2) & 2 != 0 }
+}
+
+/// Sets the GS base where the instruction may not be used.
+pub fn set_gs_base(block: *mut VpBlock) {
+    const ARCH_SET_GS: libc::c_int = 0x1001;
+    // SAFETY: nothing in this process uses GS but translated code.
+    unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_SET_GS, block) };
+}
