@@ -249,7 +249,12 @@ pub fn one(vp: &mut SoftVp) {
     vp.s.next_rip = next_rip(vp, op.len);
     vp.s.instructions += 1;
     match (op.run)(vp, op) {
-        Ok(()) => vp.s.rip = vp.s.next_rip,
+        Ok(()) => {
+            vp.s.rip = vp.s.next_rip;
+            if vp.s.attention.load(Ordering::Relaxed) != 0 {
+                debug_trap(vp);
+            }
+        }
         Err(Fault::Restart) => {}
         Err(fault) => exception::deliver(vp, fault),
     }
@@ -428,7 +433,7 @@ fn run_block(vp: &mut SoftVp, number: u32) -> bool {
 pub fn try_step(vp: &mut SoftVp) -> Exec {
     vp.s.attention.fetch_and(!attention::CODE, Ordering::AcqRel);
     vp.decoded.current.page = 1;
-    let op = match lookup(vp)? {
+    let op = match lookup(vp, BLOCK_MAX)? {
         Next::Block(number) => vp.decoded.block(number).ops,
         Next::Single(op) => op,
     };

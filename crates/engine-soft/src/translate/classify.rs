@@ -372,6 +372,8 @@ pub fn kind(i: &Instruction, features: &Features) -> Kind {
                 Kind::Lea
             }
         }
+        // The host reads four bytes, the decoder says two: the check must cover what is read.
+        M::Movsxd if memory && i.code() == Code::Movsxd_r16_rm16 => Kind::Interpret,
         // With a register operand the bit offset reaches beyond the memory operand.
         M::Bt | M::Bts | M::Btr | M::Btc if memory && i.op1_kind() == OpKind::Register => Kind::Interpret,
         m if is_plain(m) => Kind::Plain,

@@ -170,12 +170,7 @@ impl Bench {
         Self::with_all(engine, cpuid, memory, EngineOptions::default())
     }
 
-    fn with_all(
-        engine: &dyn Engine,
-        cpuid: Vec<CpuidTable>,
-        memory: Arc<GuestMemory>,
-        options: EngineOptions,
-    ) -> Self {
+    fn with_all(engine: &dyn Engine, cpuid: Vec<CpuidTable>, memory: Arc<GuestMemory>, options: EngineOptions) -> Self {
         let clock = Arc::new(Clock::new());
         let signature = cpuid[0].get(1, 0).eax;
         let vps = cpuid.len() as u32;
