@@ -36,7 +36,7 @@ unsafe extern "C" fn handler(signal: i32, info: *mut libc::siginfo_t, context: *
     // SAFETY: `install` has stored the previous action; its own flags say how its handler is to be called. A default
     // action is reinstated, so that the instruction faults again and the process dies as it would have.
     unsafe {
-        let previous = (*(&raw const PREVIOUS[i])).assume_init_ref();
+        let previous = &*(&raw const PREVIOUS[i]).cast::<libc::sigaction>();
         match previous.sa_sigaction {
             libc::SIG_DFL | libc::SIG_IGN => {
                 libc::sigaction(signal, previous, std::ptr::null_mut());

@@ -156,7 +156,8 @@ fn execute(vp: &mut SoftVp, t: &Translator, entry: u64) -> (u64, u64) {
         &raw mut *(*vp_pointer).s
     };
     if !t.thunks.fsgsbase {
-        thunks::set_gs_base(block);
+        // SAFETY: the VP's own block, which lives as long as the VP.
+        unsafe { thunks::set_gs_base(block) };
     }
     // SAFETY: `enter` was generated with this signature; it keeps the callee-saved registers. Translated code reaches
     // host memory only through the TLB, the VP block and the jump table, and calls back only `interpret` and `vector`,

@@ -231,7 +231,10 @@ fn fsgsbase() -> bool {
 }
 
 /// Sets the GS base where the instruction may not be used.
-pub fn set_gs_base(block: *mut VpBlock) {
+///
+/// # Safety
+/// `block` must live as long as translated code may be executed by this thread.
+pub unsafe fn set_gs_base(block: *mut VpBlock) {
     const ARCH_SET_GS: libc::c_int = 0x1001;
     // SAFETY: nothing in this process uses GS but translated code.
     unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_SET_GS, block) };
