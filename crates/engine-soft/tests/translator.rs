@@ -67,7 +67,6 @@ fn acceptable(i: &Instruction, kind: Kind, info: &mut InstructionInfoFactory) ->
             | Mnemonic::Xsaveopt64
             | Mnemonic::Xsaves
             | Mnemonic::Xsaves64
-            | Mnemonic::Pause
             | Mnemonic::Cmpxchg16b
             | Mnemonic::Pause
     ) || i.mnemonic() == Mnemonic::Leave
@@ -142,7 +141,7 @@ fn sequence(random: &mut Random, count: usize, features: &Features) -> (Vec<u8>,
             7 => (candidate[0], candidate[1]) = (0x40 | candidate[0] & 15, 0x0f),
             8 => {
                 (candidate[0], candidate[1], candidate[2]) =
-                    (0xc4, 0xe0 & candidate[1] | 2 + candidate[1] % 2, candidate[2])
+                    (0xc4, 0xe0 & candidate[1] | (2 + candidate[1] % 2), candidate[2])
             }
             5 => (candidate[0], candidate[1], candidate[2]) = (0x48, 0x83, 0xc0 | candidate[2] & 0x3f),
             _ => {}
