@@ -422,3 +422,97 @@ impl<'a> CodeReader<'a> {
         Some(Decoded { iced, bytes, undefined: undefined || !self.features.allows(&iced) })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn op() -> Op {
+        bare(misc::undefined, &Instruction::default(), CodeSize::Bits64)
+    }
+
+    #[test]
+    fn a_block_is_found_by_place_size_and_generation() {
+        let mut cache = DecodeCache::new();
+        let key = Key::new(0x1234, CodeSize::Bits32, 7);
+        assert!(cache.find(key).is_none());
+        let n = cache.add(key, &[op(), op()], 9);
+        assert_eq!(cache.find(key), Some(n));
+        assert_eq!((cache.block(n).count, cache.block(n).bytes), (2, 9));
+        for other in [
+            Key::new(0x1235, CodeSize::Bits32, 7),
+            Key::new(0x1234, CodeSize::Bits16, 7),
+            Key::new(0x1234, CodeSize::Bits32, 8),
+        ] {
+            assert!(cache.find(other).is_none());
+        }
+    }
+
+    #[test]
+    fn blocks_are_linked_only_inside_a_page_a_size_and_a_generation() {
+        let mut cache = DecodeCache::new();
+        let from = cache.add(Key::new(0x1000, CodeSize::Bits64, 1), &[op()], 1);
+        let same = cache.add(Key::new(0x1800, CodeSize::Bits64, 1), &[op()], 1);
+        let others = [
+            Key::new(0x2800, CodeSize::Bits64, 1),
+            Key::new(0x1800, CodeSize::Bits32, 1),
+            Key::new(0x1800, CodeSize::Bits64, 2),
+        ];
+        for key in others {
+            let to = cache.add(key, &[op()], 1);
+            cache.link(from, 0x800, to);
+            assert_eq!(cache.follow(from, 0x800), None);
+        }
+        cache.link(from, 0x800, same);
+        assert_eq!(cache.follow(from, 0x800), Some(same));
+        assert_eq!(cache.follow(from, 0x801), None);
+        // Three successors: the last two are remembered.
+        for offset in [0x10, 0x20] {
+            let to = cache.add(Key::new(0x1000 + offset, CodeSize::Bits64, 1), &[op()], 1);
+            cache.link(from, offset as u16, to);
+        }
+        assert_eq!(cache.follow(from, 0x800), None);
+        assert!(cache.follow(from, 0x10).is_some() && cache.follow(from, 0x20).is_some());
+    }
+
+    #[test]
+    fn the_cache_is_bounded_and_starts_again() {
+        let mut cache = DecodeCache::new();
+        let ops = [op(); BLOCK_MAX];
+        let mut at = 0;
+        while !cache.full() {
+            cache.add(Key::new(at, CodeSize::Bits64, 0), &ops, 48);
+            at += 64;
+            assert!(at < 64 * (CACHE_BYTES / size_of_val(&ops)) as u64 + 64, "never full");
+        }
+        // What is in the arena is intact: every block still has its own instructions.
+        for (n, b) in cache.blocks.iter().enumerate() {
+            assert_eq!(b.count as usize, BLOCK_MAX);
+            assert!(n == 0 || b.ops != cache.blocks[n - 1].ops);
+        }
+        cache.clear();
+        assert!(!cache.full() && cache.find(Key::new(0, CodeSize::Bits64, 0)).is_none());
+        let n = cache.add(Key::new(0, CodeSize::Bits64, 0), &ops, 48);
+        assert_eq!(cache.find(Key::new(0, CodeSize::Bits64, 0)), Some(n));
+    }
+
+    #[test]
+    fn a_reader_stops_where_the_bytes_end_and_knows_the_model() {
+        let model = x86::cpuid::CpuModel::by_name("x86-64-v2").expect("every host has it");
+        let features = Features::from_table(&model.table(0, 1, 1_000_000_000));
+        let code = [0x90, 0xc4, 0xe2, 0x78, 0xf2, 0xc1, 0x48, 0xb8, 1, 2];
+        let mut reader = CodeReader::new(&code, CodeSize::Bits64, &features);
+        assert!(reader.decode().is_some_and(|d| !d.undefined && d.iced.len() == 1));
+        // ANDN: not in x86-64-v2.
+        assert!(reader.decode().is_some_and(|d| d.undefined && d.bytes[..5] == code[1..6]));
+        assert!(reader.decode().is_none(), "MOV r64, imm64 is cut off");
+    }
+
+    #[test]
+    fn a_page_has_its_own_generation() {
+        let g = CodeGenerations::new();
+        let before = (g.get(5), g.get(6));
+        g.bump(5);
+        assert_eq!((g.get(5), g.get(6)), (before.0 + 1, before.1));
+    }
+}

@@ -155,8 +155,8 @@ fn decode_block(vp: &mut SoftVp, la: u64, most: usize) -> Exec<Next> {
         room = room.min((limit - vp.s.rip) as usize + 1);
     }
     // A copy, because the guest may change the bytes while they are decoded.
-    let mut bytes = [0u8; PAGE_SIZE as usize];
-    let room = room.min(most * MAX_LEN);
+    let mut bytes = [0u8; BLOCK_MAX * MAX_LEN];
+    let room = room.min(most * MAX_LEN).min(bytes.len());
     // SAFETY: `host` is the address of a page of guest memory; start + room <= 4096.
     unsafe { std::ptr::copy_nonoverlapping(current.host.add(start), bytes.as_mut_ptr(), room) };
     let mut reader = CodeReader::new(&bytes[..room], size, &vp.features);
