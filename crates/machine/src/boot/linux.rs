@@ -1,4 +1,4 @@
-//! The Linux boot protocol: bzImage, entered in 64-bit mode.
+//! The Linux boot protocol: bzImage, entered in 64-bit mode, or in 32-bit protected mode if it is a 32-bit kernel.
 //!
 //! Source: Linux `Documentation/arch/x86/boot.rst` (offsets are those of its tables) and `zero-page.rst`.
 
@@ -41,7 +41,7 @@ mod zero_page {
     pub const SIZE: usize = 4096;
 }
 
-/// First version with a 64-bit entry that says so (xloadflags).
+/// First version that says whether there is a 64-bit entry (xloadflags).
 const VERSION_NEEDED: u16 = 0x020c;
 const LOADED_HIGH: u8 = 1;
 const XLF_KERNEL_64: u16 = 1;
@@ -76,9 +76,9 @@ pub(super) fn load(load: Load<'_>) -> Result<VpState, BootError> {
     }
     let version = u16_at(image, header::VERSION);
     let kernel_64 = u16_at(image, header::XLOADFLAGS) & XLF_KERNEL_64 != 0;
-    if version < VERSION_NEEDED || image[header::LOADFLAGS] & LOADED_HIGH == 0 || !kernel_64 {
+    if version < VERSION_NEEDED || image[header::LOADFLAGS] & LOADED_HIGH == 0 {
         return Err(load.bad(format!(
-            "it has no 64-bit entry (boot protocol {}.{:02}, 2.12 with a 64-bit kernel is needed)",
+            "its boot protocol is {}.{:02}, and 2.12 (loaded high) is needed",
             version >> 8,
             version & 0xff
         )));
@@ -126,7 +126,11 @@ pub(super) fn load(load: Load<'_>) -> Result<VpState, BootError> {
     }
     load.memory.write(Gpa(boot::ZERO_PAGE), &page)?;
 
-    let mut state = entry::long(load.memory, load.state, start + ENTRY_64)?;
+    let mut state = if kernel_64 {
+        entry::long(load.memory, load.state, start + ENTRY_64)?
+    } else {
+        entry::protected(load.memory, load.state, start)?
+    };
     state.gprs[gpr::RSI] = boot::ZERO_PAGE;
     Ok(state)
 }
