@@ -8,8 +8,8 @@ use crate::vp::{SoftVp, attention};
 use crate::wake::{Waker, futex_wait, futex_wake};
 use partition::memory::page_flags;
 use partition::{
-    Abilities, DirtyPages, Engine, EngineError, EngineOptions, EngineStats, Gpa, GuestMemory, MemoryObserver, Msi,
-    Partition, PartitionConfig, TlbFlush, Vp, VpExits, VpIndex, VpSet, VpState,
+    Abilities, Clock, DirtyPages, Engine, EngineError, EngineOptions, EngineStats, Gpa, GuestMemory, MemoryObserver,
+    Msi, Partition, PartitionConfig, TlbFlush, Vp, VpIndex, VpSet, VpState,
 };
 use std::collections::HashMap;
 use std::ops::RangeInclusive;
@@ -131,8 +131,6 @@ pub struct SoftPartition {
     any_doorbells: AtomicBool,
     me: Weak<SoftPartition>,
 }
-
-use partition::Clock;
 
 /// The memory's ear. It does not keep the partition alive.
 struct Observer(Weak<SoftPartition>);
@@ -560,32 +558,5 @@ impl Partition for SoftPartition {
                 ("halts", sum(|vp| &vp.halts)),
             ],
         }
-    }
-}
-
-/// Which [`VpExits`] a thread uses while no VP runs on it.
-pub(crate) struct NoEoi;
-
-impl VpExits for NoEoi {
-    fn io_read(&self, _: VpIndex, _: u16, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn io_write(&self, _: VpIndex, _: u16, _: &[u8]) {}
-    fn mmio_read(&self, _: VpIndex, _: Gpa, data: &mut [u8]) {
-        data.fill(0xff);
-    }
-    fn mmio_write(&self, _: VpIndex, _: Gpa, _: &[u8]) {}
-    fn msr_read(&self, _: VpIndex, _: u32) -> partition::MsrOutcome {
-        partition::MsrOutcome::Fault
-    }
-    fn msr_write(&self, _: VpIndex, _: u32, _: u64) -> partition::MsrOutcome {
-        partition::MsrOutcome::Fault
-    }
-    fn hypercall(&self, _: VpIndex, _: &mut dyn partition::HypercallContext) -> partition::HypercallOutcome {
-        partition::HypercallOutcome::InvalidOpcode
-    }
-    fn eoi(&self, _: VpIndex, _: u8) {}
-    fn acknowledge_extint(&self, _: VpIndex) -> Option<u8> {
-        None
     }
 }

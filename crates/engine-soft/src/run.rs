@@ -3,9 +3,9 @@
 use crate::apic::event;
 use crate::exception;
 use crate::interp;
-use crate::partition_impl::{NoEoi, SoftPartition, set_current};
+use crate::partition_impl::{SoftPartition, set_current};
 use crate::timers::NEVER;
-use crate::vp::{Fault, SoftVp, attention};
+use crate::vp::{Fault, NoExits, SoftVp, attention};
 use crate::wake::exact_timers;
 use partition::clock::host_tsc;
 use partition::{
@@ -385,7 +385,7 @@ pub(crate) fn with_exits(f: impl FnOnce(&dyn VpExits)) {
     match EXITS.get() {
         // SAFETY: set by `Attached`, which clears it before the reference that it was made from ends.
         Some(exits) => f(unsafe { &*exits }),
-        None => f(&NoEoi),
+        None => f(&NoExits),
     }
 }
 

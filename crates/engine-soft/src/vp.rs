@@ -235,7 +235,7 @@ impl SoftVp {
 }
 
 /// Stands in where no machine is attached (tests of single instructions): everything reads as all ones.
-struct NoExits;
+pub(crate) struct NoExits;
 
 impl VpExits for NoExits {
     fn io_read(&self, _: VpIndex, _: u16, data: &mut [u8]) {
