@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::vp::NoExits;
+use partition::Msi;
 
 struct Bench {
     clock: Arc<Clock>,
