@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, RwLock, mpsc};
 use std::thread::JoinHandle;
 
 use uuid::Uuid;
@@ -13,6 +13,7 @@ use crate::driver::uring::Uring;
 use crate::driver::{Driver, Shared, threads, uring};
 use crate::error::{Error, RequestError, Result};
 use crate::image::{self, ChainOptions, DiskType, Facts, Format, Image, open_chain};
+use crate::qos::{Gate, Qos};
 use crate::state::{Callback, Completion, Core, Extent, RequestKind};
 use crate::storage::{Lock, Storage};
 
@@ -88,6 +89,7 @@ pub struct Disk {
     pub(crate) facts: Facts,
     size: AtomicU64,
     closed: bool,
+    gate: RwLock<Option<Arc<Gate>>>,
 }
 
 impl Disk {
@@ -137,7 +139,7 @@ impl Disk {
             (Driver::Threads(_), _) => threads::start(&shared),
         }
         .map_err(Error::io(&info.path, "start an I/O thread"))?;
-        Ok(Self { shared, threads, info, facts, size, closed: false })
+        Ok(Self { shared, threads, info, facts, size, closed: false, gate: RwLock::new(None) })
     }
 
     /// What the disk is.
@@ -153,16 +155,43 @@ impl Disk {
     /// Submits a request. `buffer` is needed for reads and writes and has exactly `len` bytes; offset and length are
     /// multiples of the logical sector. `done` is called exactly once, perhaps before this returns.
     pub fn submit(&self, kind: RequestKind, offset: u64, len: u64, buffer: Option<IoBuffer>, done: Callback) {
-        let mut core = self.shared.lock();
-        core.submit(kind, offset, len, buffer, done);
-        self.shared.pump(core);
+        self.submit_all(std::iter::once((kind, offset, len, buffer, done)));
+    }
+
+    fn gate(&self) -> Option<Arc<Gate>> {
+        self.gate.read().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+    }
+
+    /// Sets limits; those before no longer count. Not for [`Io::Inline`] and [`Io::Blocking`], whose callers drive the
+    /// disk themselves.
+    pub fn set_qos(&self, limits: Qos) -> Result<()> {
+        if matches!(self.info.io, Io::Inline | Io::Blocking) {
+            return Err(Error::Parameter("a disk that its caller drives has no limits".into()));
+        }
+        let new = if limits.maximum.is_some() || limits.minimum.is_some() {
+            Some(Gate::start(&self.shared, limits)?)
+        } else {
+            None
+        };
+        let old = std::mem::replace(&mut *self.gate.write().unwrap_or_else(std::sync::PoisonError::into_inner), new);
+        if let Some(g) = old {
+            g.stop(&self.shared);
+        }
+        Ok(())
     }
 
     /// Submits several requests at once, with one call to the host.
     pub fn submit_all(&self, requests: impl IntoIterator<Item = (RequestKind, u64, u64, Option<IoBuffer>, Callback)>) {
+        let gate = self.gate();
         let mut core = self.shared.lock();
-        for (kind, offset, len, buffer, done) in requests {
-            core.submit(kind, offset, len, buffer, done);
+        for request in requests {
+            let admitted = match &gate {
+                Some(g) => g.admit(request),
+                None => Some(request),
+            };
+            if let Some((kind, offset, len, buffer, done)) = admitted {
+                core.submit(kind, offset, len, buffer, done);
+            }
         }
         self.shared.pump(core);
     }
@@ -295,6 +324,9 @@ impl Disk {
             return Ok(());
         }
         let (shared, inline) = (self.shared.clone(), self.info.io == Io::Inline);
+        if let Some(g) = self.gate.write().unwrap_or_else(std::sync::PoisonError::into_inner).take() {
+            g.stop(&shared);
+        }
         let read_only = self.info.read_only;
         let me = std::thread::current().id();
         if threads.iter().any(|t| t.thread().id() == me) {

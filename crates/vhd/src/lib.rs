@@ -21,6 +21,7 @@ mod driver;
 mod error;
 mod image;
 mod ops;
+mod qos;
 mod state;
 mod storage;
 #[cfg(test)]
@@ -39,5 +40,6 @@ pub use ops::convert::{compact, convert, reparent};
 pub use ops::create::{CreateOptions, create};
 pub use ops::merge::merge;
 pub use ops::resize::{minimum_size, resize};
+pub use qos::{MinimumAlert, NORMAL_IO, Qos, QosAlert};
 pub use state::{Callback, Completion, RequestKind};
 pub use storage::Lock;

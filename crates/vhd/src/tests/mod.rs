@@ -1,5 +1,8 @@
 //! Tests of the whole: random operations against a model, power cuts, hostile files.
 
+mod hostile;
+mod interop;
+mod limits;
 mod model;
 mod ops;
 mod powercut;

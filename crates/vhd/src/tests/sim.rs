@@ -35,7 +35,7 @@ pub(super) struct Content {
 }
 
 impl Content {
-    fn write(&mut self, offset: u64, data: &[u8]) {
+    pub fn write(&mut self, offset: u64, data: &[u8]) {
         let mut at = 0;
         while at < data.len() {
             let pos = offset + at as u64;
@@ -48,7 +48,7 @@ impl Content {
         self.length = self.length.max(offset + data.len() as u64);
     }
 
-    fn read(&self, offset: u64, buf: &mut [u8]) {
+    pub fn read(&self, offset: u64, buf: &mut [u8]) {
         buf.fill(0);
         let end = offset + buf.len() as u64;
         for (n, page) in self.pages.range(offset / 4096..end.div_ceil(4096)) {
@@ -72,7 +72,7 @@ impl Content {
         }
     }
 
-    fn set_length(&mut self, length: u64) {
+    pub fn set_length(&mut self, length: u64) {
         if length < self.length {
             self.zero(length, self.length - length);
         }
