@@ -162,10 +162,10 @@ impl Gate {
         let mut s = self.lock();
         loop {
             let now = Instant::now();
-            if let Some(alert) = s.judge(now) {
-                if let Some((_, tell)) = &s.limits.minimum {
-                    tell(alert);
-                }
+            if let Some(alert) = s.judge(now)
+                && let Some((_, tell)) = &s.limits.minimum
+            {
+                tell(alert);
             }
             let mut ready = Vec::new();
             let mut pause = WINDOW;

@@ -79,7 +79,10 @@ impl Uring {
     }
 
     pub fn submit(&self) {
-        while !self.inline {
+        if self.inline {
+            return;
+        }
+        loop {
             match self.ring.submit() {
                 Err(e) if e.raw_os_error() == Some(libc::EINTR) => {}
                 // EBUSY, EAGAIN: the entries stay on the queue; the completion thread's next call takes them.

@@ -93,8 +93,8 @@ fn damage(c: &mut Content, format: Format, rng: &mut Rng) {
             2 => v.wrapping_add(1 << rng.below(64)).to_le_bytes().to_vec(),
             3 => v.swap_bytes().wrapping_add(1 << rng.below(64)).to_be_bytes().to_vec(),
             4 => vec![rng.next() as u8],
-            5 => (rng.below(64) * MIB | rng.below(8)).to_le_bytes().to_vec(),
-            6 => (rng.next() & 7 | rng.next() << 20).to_le_bytes().to_vec(),
+            5 => ((rng.below(64) * MIB) | rng.below(8)).to_le_bytes().to_vec(),
+            6 => ((rng.next() & 7) | (rng.next() << 20)).to_le_bytes().to_vec(),
             7 => get(c, places[rng.below(places.len() as u64) as usize], 512),
             _ => (rng.next() as u32).to_be_bytes().to_vec(),
         };
@@ -215,11 +215,11 @@ fn what_must_be_refused_is_refused() {
     let entry = |n: u64| u64::from_le_bytes(get(&file.now(), bat + n * 8, 8).try_into().expect("eight"));
     for (what, raw) in [
         ("a block that shares another's space", entry(1)),
-        ("a block in the BAT", 3 * MIB | 6),
+        ("a block in the BAT", (3 * MIB) | 6),
         ("a block in the log", MIB | 6),
         ("a block in the headers", 6),
-        ("a block beyond the file", 900 * MIB | 6),
-        ("a block at the end of the address space", u64::MAX << 20 | 6),
+        ("a block beyond the file", (900 * MIB) | 6),
+        ("a block at the end of the address space", (u64::MAX << 20) | 6),
         ("partially present without a parent", entry(0) | 7),
         ("an unknown state", 4),
     ] {

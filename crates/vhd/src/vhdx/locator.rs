@@ -23,7 +23,7 @@ impl ParentLocator {
 
     /// A locator for a parent with this DataWriteGuid.
     pub fn new(linkage: Uuid, relative: Option<&str>, absolute: &str) -> Self {
-        let mut pairs = vec![("parent_linkage".to_string(), linkage.braced().to_string().to_uppercase())];
+        let mut pairs = vec![("parent_linkage".to_string(), linkage.braced().to_string())];
         if let Some(r) = relative {
             pairs.push(("relative_path".into(), r.into()));
         }
