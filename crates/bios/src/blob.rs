@@ -35,6 +35,8 @@ pub mod kind {
     pub const VIRIDIAN_FRAME_BUFFER: u32 = 0x5600_0000;
     /// Viridian's own: text of one line for the firmware's screen (VM name).
     pub const VIRIDIAN_NAME: u32 = 0x5600_0001;
+    /// Viridian's own: the SMBIOS structure table, its length (u64) first.
+    pub const VIRIDIAN_SMBIOS: u32 = 0x5600_0002;
 }
 
 /// Bits of the FLAGS record.

@@ -5,6 +5,7 @@
 //! define (mu_msvm, `BiosInterface.h`), so that either firmware runs on this host, and Viridian's firmware elsewhere.
 //!
 //! * [`device`]: the ports and what each selector does;
+//! * [`firmware`]: Viridian's own firmware image;
 //! * [`nvram`]: UEFI variables: the rules are `uefi_core`'s, here is the in-memory protocol and the file;
 //! * [`blob`]: the configuration blob that the firmware finds in memory when it starts;
 //! * [`templates`]: which keys a new VM's Secure Boot databases hold.
@@ -15,5 +16,6 @@
 
 pub mod blob;
 pub mod device;
+pub mod firmware;
 pub mod nvram;
 pub mod templates;

@@ -1,12 +1,14 @@
 //! `viridian run`: one machine, in this process, on this terminal.
 
 use crate::size;
+use bios::templates::Template;
 use clap::{Args as ClapArgs, ValueEnum};
 use machine::{BootSource, MachineConfig, StorageUnit, UnitKind};
 use partition::{EngineOptions, TranslateMode};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
+use worker::firmware::FirmwareOptions;
 use worker::{EngineChoice, Outcome, RunOptions, SerialTarget, Start};
 use x86::cpuid::CpuModel;
 
@@ -18,7 +20,9 @@ The program ends with status 0 when the guest powers off; a guest's reset boots 
 Signals: SIGUSR1 saves (--save), SIGUSR2 presses the power button, SIGINT and SIGTERM end the machine.")]
 pub struct Args {
     /// Linux kernel (bzImage, or vmlinux with a PVH entry), or another 64-bit ELF image
-    #[arg(long, value_name = "FILE", required_unless_present = "restore")]
+    ///
+    /// Without a kernel the machine is one of generation 2: its UEFI boots from --disk and --dvd
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["restore", "disk", "dvd"])]
     kernel: Option<PathBuf>,
     /// Initial RAM disk
     #[arg(long, value_name = "FILE", requires = "kernel")]
@@ -56,6 +60,15 @@ pub struct Args {
     /// Name of the machine, for `viridian guest NAME`; or the path of its control socket
     #[arg(long, value_name = "NAME")]
     name: Option<String>,
+    /// Secure Boot of a generation 2 machine
+    #[arg(long, value_enum, default_value_t = OnOff::On, conflicts_with = "kernel")]
+    secure_boot: OnOff,
+    /// Keys of a new generation 2 machine: microsoft, windows, uefi-ca, none, or a file of PEM certificates
+    #[arg(long, value_name = "NAME", default_value = "microsoft", conflicts_with = "kernel")]
+    secure_boot_template: Template,
+    /// File that keeps the firmware's variables [default: they are lost at the end]
+    #[arg(long, value_name = "FILE", conflicts_with = "kernel")]
+    variables: Option<PathBuf>,
     /// Print counters to standard error at the end
     #[arg(long)]
     stats: bool,
@@ -107,8 +120,14 @@ pub fn run(args: Args, started: Instant) -> ExitCode {
             storage,
         }),
         (None, Some(file)) => Start::Restore(file),
-        // clap has refused this.
-        (None, None) => return fail("--kernel or --restore is needed", 2),
+        (None, None) => Start::Boot(MachineConfig {
+            memory_bytes: args.memory,
+            processors: args.processors,
+            cpu_model: args.cpu_model.unwrap_or_else(default_model),
+            hyperv: args.hyperv.unwrap_or(OnOff::On) == OnOff::On,
+            boot: BootSource::Firmware { name: "This machine".into(), pause_after_failure: false },
+            storage,
+        }),
     };
     let translate = match args.translate {
         TranslateArg::On => TranslateMode::On,
@@ -123,6 +142,11 @@ pub fn run(args: Args, started: Instant) -> ExitCode {
             EngineArg::Kvm => EngineChoice::Kvm,
         },
         engine_options: EngineOptions { translate, ..EngineOptions::default() },
+        firmware: FirmwareOptions {
+            variables: args.variables,
+            template: args.secure_boot_template,
+            secure_boot: args.secure_boot == OnOff::On,
+        },
         serial: args.serial,
         control: args.name.as_deref().map(worker::control::socket_path),
         save: args.save,

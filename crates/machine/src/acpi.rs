@@ -37,8 +37,17 @@ fn bytes_of(aml: &dyn Aml) -> Vec<u8> {
     bytes
 }
 
-/// Makes the tables of a machine with this many processors, with VMBus or without.
+/// Makes the tables of a direct-booted machine with this many processors, with VMBus or without.
 pub fn tables(processors: u32, vmbus: bool) -> Tables {
+    tables_of(processors, vmbus, true)
+}
+
+/// Makes the tables of a generation 2 machine: VMBus, and none of the legacy devices.
+pub fn generation2(processors: u32) -> Tables {
+    tables_of(processors, true, false)
+}
+
+fn tables_of(processors: u32, vmbus: bool, legacy: bool) -> Tables {
     let mut tables: Vec<(u64, &'static str, Vec<u8>)> = Vec::new();
     // The RSDP must be the first thing where it is searched for; FACS needs 64-byte alignment, all get it.
     let rsdp_at = layout::TABLES.start;
@@ -49,10 +58,10 @@ pub fn tables(processors: u32, vmbus: bool) -> Tables {
         tables.push((at, name, bytes));
         at
     };
-    let dsdt_at = place("DSDT", dsdt(processors, vmbus));
+    let dsdt_at = place("DSDT", dsdt(processors, vmbus, legacy));
     let facs_at = place("FACS", bytes_of(&FACS::new()));
-    let fadt_at = place("FACP", fadt(dsdt_at, facs_at));
-    let madt_at = place("APIC", madt(processors));
+    let fadt_at = place("FACP", fadt(dsdt_at, facs_at, legacy));
+    let madt_at = place("APIC", madt(processors, legacy));
     let mut xsdt = XSDT::new(OEM, OEM_TABLE, REVISION);
     xsdt.add_entry(fadt_at);
     xsdt.add_entry(madt_at);
@@ -73,7 +82,7 @@ fn port(address: u16, bits: u8, access: AccessSize) -> GAS {
     GAS::new(AddressSpace::SystemIo, bits, 0, access, address.into())
 }
 
-fn fadt(dsdt: u64, facs: u64) -> Vec<u8> {
+fn fadt(dsdt: u64, facs: u64, legacy: bool) -> Vec<u8> {
     let event = io::PM + pm::PM1_EVENT;
     let control = io::PM + pm::PM1_CONTROL;
     let timer = io::PM + pm::TIMER;
@@ -107,7 +116,8 @@ fn fadt(dsdt: u64, facs: u64) -> Vec<u8> {
     fadt.p_lvl3_lat = 1001.into();
     fadt.century = 0x32;
     // IAPC_BOOT_ARCH: legacy devices (bit 0), no VGA (bit 2); bit 1 clear, because nothing is plugged into the 8042.
-    fadt.iapc_boot_arch = 0b101.into();
+    // Generation 2 has neither of these.
+    fadt.iapc_boot_arch = if legacy { 0b101 } else { 0b100 }.into();
     fadt.reset_reg = port(io::PM + pm::RESET, 8, AccessSize::ByteAccess);
     fadt.reset_value = pm::RESET_VALUE;
     fadt.x_pm1a_evt_blk = port(event, 32, AccessSize::WordAccess);
@@ -118,12 +128,12 @@ fn fadt(dsdt: u64, facs: u64) -> Vec<u8> {
 }
 
 /// Multiple APIC description table (ACPI 6.5, section 5.2.12). By hand: the crate's cannot say that there are 8259s.
-fn madt(processors: u32) -> Vec<u8> {
+fn madt(processors: u32, legacy: bool) -> Vec<u8> {
     const PCAT_COMPAT: u32 = 1;
     const ENABLED: u32 = 1;
     let mut table = Sdt::new(*b"APIC", 36, 5, OEM, OEM_TABLE, REVISION);
     table.append((layout::LOCAL_APIC as u32).to_le_bytes());
-    table.append(PCAT_COMPAT.to_le_bytes());
+    table.append(if legacy { PCAT_COMPAT } else { 0 }.to_le_bytes());
     for id in 0..processors {
         if id < 255 {
             // Processor local APIC.
@@ -147,7 +157,9 @@ fn madt(processors: u32) -> Vec<u8> {
         table.append(pin.to_le_bytes());
         table.append(flags.to_le_bytes());
     };
-    source_override(0, io::PIT_PIN.into(), 0);
+    if legacy {
+        source_override(0, io::PIT_PIN.into(), 0);
+    }
     // The SCI is active high and level-triggered.
     source_override(io::SCI, io::SCI.into(), 0b1101);
     // Local APIC NMI: all processors, LINT1, as the bus says.
@@ -155,7 +167,7 @@ fn madt(processors: u32) -> Vec<u8> {
     bytes_of(&table)
 }
 
-fn dsdt(processors: u32, vmbus: bool) -> Vec<u8> {
+fn dsdt(processors: u32, vmbus: bool, legacy: bool) -> Vec<u8> {
     let mut body = Vec::new();
     let mut scope = |device: &dyn Aml| body.extend(bytes_of(&Scope::new("\\_SB_".into(), vec![device])));
     for id in 0..processors {
@@ -175,14 +187,18 @@ fn dsdt(processors: u32, vmbus: bool) -> Vec<u8> {
             ],
         ));
     }
-    for (name, hid, ports, irq) in [
+    const LEGACY: &[&str] = &["TIMR", "PIC_", "SPKR"];
+    // What else of the board must not be given to other devices.
+    let board: &[(u16, u8)] =
+        if legacy { &[(0x92, 1), (io::PM, pm::SIZE as u8)] } else { &[(0x28, 8), (io::PM, pm::SIZE as u8)] };
+    let all = [
         ("RTC_", "PNP0B00", &[(0x70u16, 4u8)][..], Some(8)),
         ("TIMR", "PNP0100", &[(0x40, 4)], Some(0)),
         ("PIC_", "PNP0000", &[(0x20, 2), (0xa0, 2), (0x4d0, 2)], None),
         ("SPKR", "PNP0800", &[(0x61, 1)], None),
-        // What else of the board must not be given to other devices.
-        ("MBRD", "PNP0C02", &[(0x92, 1), (io::PM, pm::SIZE as u8)], None),
-    ] {
+        ("MBRD", "PNP0C02", board, None),
+    ];
+    for (name, hid, ports, irq) in all.into_iter().filter(|d| legacy || !LEGACY.contains(&d.0)) {
         scope(&Device::new(name.into(), vec![&Name::new("_HID".into(), &EISAName::new(hid)), &resources(ports, irq)]));
     }
     if vmbus {

@@ -1,4 +1,7 @@
-//! The board of a direct-booted machine: which devices it has and how they are wired.
+//! The board: which devices a machine has and how they are wired.
+//!
+//! A direct-booted machine has the usual ones of a PC. A generation 2 machine has none of the legacy devices (PIC, PIT,
+//! i8042): what remains is the I/O APIC, the RTC, COM ports, the PM block and reset, and its firmware's BiosDevice.
 //!
 //! ISA interrupt n is wired to input n of the PIC pair and to input n of the I/O APIC, except the PIT, which is on I/O
 //! APIC input 2.
@@ -44,7 +47,7 @@ pub struct Board {
 }
 
 impl Board {
-    /// Makes the board.
+    /// Makes the board. With `generation2` it has none of the legacy devices, but the given ones.
     pub fn new(
         partition: &Arc<dyn Partition>,
         timers: &Arc<TimerService>,
@@ -52,6 +55,7 @@ impl Board {
         ram_bytes: u64,
         serial: Serial,
         debug: Option<Arc<dyn DebugSink>>,
+        generation2: Option<Vec<Arc<dyn Device>>>,
     ) -> Self {
         let engine = partition.clone();
         let intr = Line::new(vec![Arc::new(move |high: bool| engine.set_extint(high))]);
@@ -66,17 +70,18 @@ impl Board {
         let a20 = A20Gate::new();
         let pm = PowerManagement::new(io::PM, true, timers, isa(io::SCI), power.clone());
         let plug = |backend: Option<Arc<dyn SerialBackend>>| backend.unwrap_or_else(|| Arc::new(NullBackend));
-        let mut devices: Vec<Arc<dyn Device>> = vec![
-            pic.clone(),
-            ioapic.clone(),
-            Pit::new(timers, isa(0)),
-            Rtc::new(memory, timers, isa(8)),
-            Uart::new("com1", io::COM1.0, timers, isa(io::COM1.1), plug(serial.com1)),
-            Uart::new("com2", io::COM2.0, timers, isa(io::COM2.1), plug(serial.com2)),
-            I8042::new(isa(1), isa(12), a20.clone(), power.clone()),
-            ResetControl::new(a20, power.clone()),
-            pm.clone(),
-        ];
+        let mut devices: Vec<Arc<dyn Device>> = vec![ioapic.clone()];
+        if generation2.is_none() {
+            devices.insert(0, pic.clone());
+            devices.push(Pit::new(timers, isa(0)));
+            devices.push(I8042::new(isa(1), isa(12), a20.clone(), power.clone()));
+        }
+        devices.push(Rtc::new(memory, timers, isa(8)));
+        devices.push(Uart::new("com1", io::COM1.0, timers, isa(io::COM1.1), plug(serial.com1)));
+        devices.push(Uart::new("com2", io::COM2.0, timers, isa(io::COM2.1), plug(serial.com2)));
+        devices.push(ResetControl::new(a20, power.clone()));
+        devices.push(pm.clone());
+        devices.extend(generation2.into_iter().flatten());
         if let Some(sink) = debug {
             devices.push(DebugPort::new(io::DEBUG, sink));
         }

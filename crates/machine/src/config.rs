@@ -57,6 +57,13 @@ pub enum BootSource {
         /// Kernel command line.
         command_line: String,
     },
+    /// Generation 2: the UEFI firmware, which boots from the synthetic disks and drives. Needs `hyperv`.
+    Firmware {
+        /// What the firmware's screen calls the machine.
+        name: String,
+        /// When nothing can be booted: wait for a key instead of powering off.
+        pause_after_failure: bool,
+    },
     /// A raw image at a given address.
     Flat {
         /// The bytes.

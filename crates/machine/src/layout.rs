@@ -35,6 +35,18 @@ pub mod boot {
     pub const COMMAND_LINE_MAX: u64 = 0x1_0000;
 }
 
+/// Frame buffer of a generation 2 machine, at the start of [`VMBUS_MMIO`], as on Hyper-V.
+pub mod frame_buffer {
+    /// Address.
+    pub const BASE: u64 = super::VMBUS_MMIO.start;
+    /// Bytes.
+    pub const SIZE: u64 = 8 << 20;
+    /// Resolution when the machine starts.
+    pub const WIDTH: u32 = 1024;
+    /// See [`WIDTH`].
+    pub const HEIGHT: u32 = 768;
+}
+
 /// Ports and interrupts of the board's devices.
 pub mod io {
     /// PM block.

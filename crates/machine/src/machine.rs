@@ -17,8 +17,8 @@ use chipset::serial::SerialBackend;
 use chipset::{DeviceError, PowerSink, Request, TimerService};
 use partition::engine::MAX_VPS;
 use partition::{
-    Clock, Engine, EngineError, EngineOptions, EngineStats, Gpa, GuestMemory, MemoryError, Partition, PartitionConfig,
-    VpIndex, VpState,
+    Access, Clock, Engine, EngineError, EngineOptions, EngineStats, Gpa, GuestMemory, MemoryBlock, MemoryError,
+    Partition, PartitionConfig, VpIndex, VpState,
 };
 use std::io::{Read, Write};
 use std::sync::{Arc, Mutex};
@@ -98,6 +98,8 @@ pub struct Parts<'a> {
     pub debug: Option<Arc<dyn DebugSink>>,
     /// Hyper-V's interface, or another.
     pub guest_interface: Option<Arc<dyn GuestInterface>>,
+    /// For [`BootSource::Firmware`]: the devices of a generation 2 board beyond the usual ones (the BiosDevice).
+    pub generation2: Vec<Arc<dyn chipset::Device>>,
     /// The partition's memory, clock and timers, if the caller needed them before (a guest interface does).
     pub base: Option<Base>,
     /// Hears events, on VP threads; must not block.
@@ -121,6 +123,10 @@ impl Base {
         check(config)?;
         let memory = GuestMemory::with_ram(config.memory_bytes, layout::HOLE, false)?;
         memory.unmap(Gpa(layout::VGA.start), layout::VGA.end - layout::VGA.start)?;
+        if matches!(config.boot, BootSource::Firmware { .. }) {
+            let screen = MemoryBlock::new(layout::frame_buffer::SIZE, false)?;
+            memory.map(Gpa(layout::frame_buffer::BASE), layout::frame_buffer::SIZE, screen, 0, Access::Ram)?;
+        }
         let clock = Arc::new(Clock::new());
         let timers = TimerService::new(clock.clone())
             .map_err(|source| MachineError::Host { what: "creating the timer thread", source })?;
@@ -209,7 +215,9 @@ impl Machine {
         if let Some(interface) = &parts.guest_interface {
             interface.attach(&partition, &power);
         }
-        let board = Board::new(&partition, &timers, &power, config.memory_bytes, parts.serial, parts.debug);
+        let generation2 = matches!(config.boot, BootSource::Firmware { .. });
+        let extra = generation2.then_some(parts.generation2);
+        let board = Board::new(&partition, &timers, &power, config.memory_bytes, parts.serial, parts.debug, extra);
         let bus = Bus::new(board.devices).map_err(|e| MachineError::Config(e.to_string()))?;
         let exits =
             Arc::new(Exits { bus, pic: board.pic, ioapic: board.ioapic, guest_interface: parts.guest_interface });
@@ -261,8 +269,11 @@ impl Machine {
 
     /// Loads firmware tables and the guest's image, and sets all VPs to their start. The machine must be stopped.
     pub fn boot(&self) -> Result<(), MachineError> {
-        self.tables.write(&self.memory)?;
-        smbios::write(&self.memory, self.config.memory_bytes)?;
+        // UEFI makes its own tables, from its configuration blob.
+        if !matches!(self.config.boot, BootSource::Firmware { .. }) {
+            self.tables.write(&self.memory)?;
+            smbios::write(&self.memory, self.config.memory_bytes)?;
+        }
         for vp in 0..self.config.processors {
             let signature = self.cpuid[vp as usize].get(1, 0).eax;
             let mut state = VpState::reset(vp, signature);

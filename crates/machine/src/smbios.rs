@@ -37,7 +37,8 @@ impl Builder {
     }
 }
 
-fn table(ram_bytes: u64) -> Vec<u8> {
+/// The structure table of a machine with this much RAM.
+pub fn table(ram_bytes: u64) -> Vec<u8> {
     let mut b = Builder::default();
     // Type 0, firmware: vendor, version, segment, release date, ROM size; characteristics "not supported" (bit 3);
     // extension bytes: ACPI, and "this is a virtual machine" (bit 4); firmware and controller release.

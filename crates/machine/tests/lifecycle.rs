@@ -37,6 +37,7 @@ fn make(config: MachineConfig, script: Script) -> (Machine, Receiver<Event>) {
         serial: Serial::default(),
         debug: None,
         guest_interface: None,
+        generation2: Vec::new(),
         base: None,
         events: Arc::new(move |event| drop(sender.lock().unwrap().send(event))),
     };

@@ -14,6 +14,7 @@
 
 pub mod control;
 pub mod engines;
+pub mod firmware;
 pub mod hyperv;
 pub mod run;
 pub mod serial;

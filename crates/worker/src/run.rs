@@ -2,12 +2,13 @@
 
 use crate::control::Control;
 use crate::engines::{self, EngineChoice};
+use crate::firmware::{self, FirmwareOptions};
 use crate::hyperv::Devices;
 use crate::serial::{Plugged, SerialTarget};
 use crate::stats;
 use machine::machine::{Base, Parts};
 use machine::save::{self, Header};
-use machine::{Event, GuestInterface, Machine, MachineConfig, MachineError, Serial};
+use machine::{BootSource, Event, GuestInterface, Machine, MachineConfig, MachineError, Serial};
 use partition::{EngineError, EngineOptions};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 use std::fs::File;
@@ -36,6 +37,8 @@ pub struct RunOptions {
     pub engine: EngineChoice,
     /// Its options.
     pub engine_options: EngineOptions,
+    /// The firmware of a generation 2 machine.
+    pub firmware: FirmwareOptions,
     /// COM1.
     pub serial: SerialTarget,
     /// Control socket (with Hyper-V's interface only).
@@ -155,6 +158,13 @@ pub fn run(options: &RunOptions) -> Result<Outcome, WorkerError> {
         }
         false => None,
     };
+    let generation2 = match config.boot {
+        BootSource::Firmware { .. } if !config.hyperv => {
+            return Err(WorkerError::Setup("a generation 2 machine needs --hyperv on".into()));
+        }
+        BootSource::Firmware { .. } => vec![firmware::device(&options.firmware, &base)?],
+        _ => Vec::new(),
+    };
     let events = sender.clone();
     let parts = Parts {
         engine: &*engine,
@@ -162,6 +172,7 @@ pub fn run(options: &RunOptions) -> Result<Outcome, WorkerError> {
         cpuid,
         serial: Serial { com1: Some(plugged.backend.clone()), com2: None },
         debug: None,
+        generation2,
         guest_interface: devices.as_ref().map(|d| d.interface.clone() as Arc<dyn GuestInterface>),
         base: Some(base),
         // A run loop that has gone away does not need the event.

@@ -2,6 +2,7 @@
 
 pub mod elf;
 pub mod entry;
+pub mod firmware;
 pub mod linux;
 pub mod pvh;
 
@@ -41,6 +42,12 @@ pub enum BootError {
         needed: u64,
         /// MiB.
         available: u64,
+    },
+    /// Less memory than the firmware needs.
+    #[error("a generation 2 machine needs at least {needed} MiB of memory")]
+    FirmwareMemory {
+        /// MiB.
+        needed: u64,
     },
     /// The command line is too long.
     #[error("the kernel command line has {len} bytes, this kernel takes at most {most}")]
@@ -145,6 +152,9 @@ pub fn load(config: &MachineConfig, memory: &GuestMemory, rsdp: u64, state: VpSt
                 state,
             };
             if image.starts_with(b"\x7fELF") { pvh::load(load) } else { linux::load(load) }
+        }
+        BootSource::Firmware { name, pause_after_failure } => {
+            firmware::load(config, name, *pause_after_failure, memory, state)
         }
         BootSource::Flat { image, address, mode } => {
             memory.write(Gpa(*address), image)?;

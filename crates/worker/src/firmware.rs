@@ -1,0 +1,80 @@
+//! The firmware of a generation 2 machine: its variables, Secure Boot, and what it tells its host.
+
+use crate::run::WorkerError;
+use bios::device::{BiosConfig, BiosDevice, FirmwareEvents, SecureBootEvent};
+use bios::nvram::Nvram;
+use bios::templates::Template;
+use chipset::Device;
+use machine::machine::Base;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// Options of the firmware.
+#[derive(Clone, Debug)]
+pub struct FirmwareOptions {
+    /// File of the variables; without one they live as long as the process.
+    pub variables: Option<PathBuf>,
+    /// Keys of a machine that has no variables yet.
+    pub template: Template,
+    /// Is Secure Boot on?
+    pub secure_boot: bool,
+}
+
+impl Default for FirmwareOptions {
+    fn default() -> Self {
+        Self { variables: None, template: Template::default(), secure_boot: true }
+    }
+}
+
+/// Most lines of the firmware's log that are kept in one run: a guest must not fill the host's log.
+const MOST_LINES: u32 = 1000;
+
+/// Passes what the firmware says to the log.
+struct Log {
+    lines: AtomicU32,
+}
+
+impl FirmwareEvents for Log {
+    fn secure_boot(&self, event: SecureBootEvent) {
+        if self.lines.fetch_add(1, Ordering::Relaxed) < MOST_LINES {
+            tracing::warn!("Secure Boot refused an image: {event:?}");
+        }
+    }
+    fn boot_finalized(&self) {
+        tracing::debug!("the operating system has taken over from the firmware");
+    }
+    fn log(&self, line: &str) {
+        if self.lines.fetch_add(1, Ordering::Relaxed) < MOST_LINES {
+            let clean: String = line.chars().map(|c| if c.is_control() { '?' } else { c }).collect();
+            tracing::info!("firmware: {clean}");
+        }
+    }
+    fn watchdog_expired(&self) {
+        tracing::warn!("the firmware's watchdog has run out");
+    }
+}
+
+/// Makes the BiosDevice.
+pub fn device(options: &FirmwareOptions, base: &Base) -> Result<Arc<dyn Device>, WorkerError> {
+    let setup = |e: &dyn std::fmt::Display| WorkerError::Setup(e.to_string());
+    let mut nvram = match &options.variables {
+        Some(path) => Nvram::open(path).map_err(|e| setup(&e))?,
+        None => Nvram::volatile(),
+    };
+    // A machine without any variable is new: it gets the template's keys. A machine whose keys the user has removed stays
+    // in setup mode.
+    if nvram.store().iter().next().is_none() {
+        nvram.change(|store| options.template.apply(store)).map_err(|e| setup(&e))?.map_err(|e| setup(&e))?;
+    }
+    let mut generation_id = [0; 16];
+    generation_id.copy_from_slice(uuid::Uuid::new_v4().as_bytes());
+    Ok(BiosDevice::new(BiosConfig {
+        memory: base.memory.clone(),
+        clock: base.clock.clone(),
+        nvram,
+        secure_boot: options.secure_boot,
+        generation_id,
+        events: Arc::new(Log { lines: AtomicU32::new(0) }),
+    }))
+}
