@@ -45,7 +45,7 @@ pub fn place(memory: &GuestMemory, blob: &[u8]) -> Result<(), MemoryError> {
         entry(PAGE_TABLES + 0x1000 + gigabyte * 8, directory | 3)?;
         for i in 0..512 {
             // Present, writable, 2 MiB.
-            entry(directory + i * 8, (gigabyte << 30) + (i << 21) | 0x83)?;
+            entry(directory + i * 8, ((gigabyte << 30) + (i << 21)) | 0x83)?;
         }
     }
     entry(GDT, 0)?;
@@ -61,7 +61,7 @@ mod tests {
     #[test]
     fn the_image_is_small_and_fits_its_place() {
         assert!(image_size() <= 3 << 19, "the firmware image has {} bytes, the limit is 1.5 MiB", image_size());
-        assert!(BASE + MEMORY <= PAGE_TABLES);
+        const { assert!(BASE + MEMORY <= PAGE_TABLES) };
         let memory = GuestMemory::with_ram(END, 0xc000_0000..1 << 32, false).unwrap();
         place(&memory, &[1; 64]).unwrap();
         let mut first = [0];
