@@ -38,6 +38,8 @@ pub struct Boot {
     pub input: Option<Input>,
     /// What must be seen.
     pub expect: Expect,
+    /// Size in MiB of an empty dynamic VHDX that the guest gets on VMBus.
+    pub disk_mib: Option<u32>,
     /// Modules to load.
     pub modules: &'static [&'static str],
     /// Programs as (tool, path).
@@ -98,6 +100,7 @@ impl Boot {
             seconds: 300,
             input: None,
             expect: Expect::Verdict,
+            disk_mib: None,
             modules: &[],
             programs: &[],
         }
@@ -200,6 +203,18 @@ pub fn all(long_seconds: u32) -> Vec<Case> {
         );
         save.viridian_only = true;
         cases.push(save);
+    }
+    for (kernel, processors) in [("bookworm-cloud", 1), ("bookworm-generic", 2), ("trixie-cloud", 4)] {
+        let mut case = boot(
+            &format!("hyperv/{kernel}/{processors}vp"),
+            Boot {
+                disk_mib: Some(128),
+                modules: &["hv_vmbus", "sd_mod", "hv_storvsc", "hv_utils"],
+                ..Boot::new(kernel, processors, format!("viridian.test=hyperv viridian.args={processors}"))
+            },
+        );
+        case.viridian_only = true;
+        cases.push(case);
     }
     let stress = |seconds: u32| Boot {
         programs: STRESS,

@@ -15,6 +15,7 @@ use anyhow::{Context, Result};
 use cases::{Expect, Work};
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::sync::{Condvar, Mutex};
 use std::time::{Duration, Instant};
 
@@ -108,6 +109,16 @@ fn report(case: &Case, elapsed: Duration, result: &Result<()>) {
     };
 }
 
+/// Makes an empty dynamic VHDX with the program under test, and gives it to the guest.
+fn add_disk(command: &mut Command, image: &Path, mib: u32) -> Result<()> {
+    // What an earlier failure has left.
+    let _ = std::fs::remove_file(image);
+    let made = Command::new(command.get_program()).args(["vhd", "new"]).arg(image).arg(format!("{mib}M")).status()?;
+    anyhow::ensure!(made.success(), "viridian vhd new ended with {made}");
+    command.arg("--disk").arg(image);
+    Ok(())
+}
+
 fn run_case(case: &Case, bench: &Bench) -> Result<()> {
     match &case.work {
         Work::Usage => usage::check(bench.contender),
@@ -127,12 +138,18 @@ fn run_case(case: &Case, bench: &Bench) -> Result<()> {
                 Expect::Terminal => special::terminal(bench.contender, &vm, &log, limit),
                 Expect::SaveAndRestore(when) => special::save_and_restore(bench.contender, &vm, when, &log, limit),
                 _ => {
-                    let mut session = Session::start(bench.contender.command(&vm), Some(&log), boot.input.is_some())?;
+                    let mut command = bench.contender.command(&vm);
+                    let image = log.with_extension("vhdx");
+                    if let Some(mib) = boot.disk_mib {
+                        add_disk(&mut command, &image, mib)?;
+                    }
+                    let mut session = Session::start(command, Some(&log), boot.input.is_some())?;
                     judge(boot, &mut session, bench)
                 }
             };
             match result {
                 Ok(()) => {
+                    let _ = std::fs::remove_file(log.with_extension("vhdx"));
                     let _ = std::fs::remove_file(&log);
                     Ok(())
                 }
