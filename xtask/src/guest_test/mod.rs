@@ -111,6 +111,9 @@ fn report(case: &Case, elapsed: Duration, result: &Result<()>) {
 
 /// Makes an empty dynamic VHDX with the program under test, and gives it to the guest.
 fn add_disk(command: &mut Command, image: &Path, mib: u32) -> Result<()> {
+    if let Some(folder) = image.parent() {
+        std::fs::create_dir_all(folder)?;
+    }
     // What an earlier failure has left.
     let _ = std::fs::remove_file(image);
     let made = Command::new(command.get_program()).args(["vhd", "new"]).arg(image).arg(format!("{mib}M")).status()?;
