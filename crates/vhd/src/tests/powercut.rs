@@ -23,17 +23,18 @@ struct Version {
     /// 0 is zeros.
     stamp: u64,
     submitted: usize,
-    completed: usize,
+    /// When it ended, by the history's clock.
+    completed: u64,
     /// Written with force unit access: durable from here on.
     durable: usize,
     /// Of a fixed or differencing image's unmap: old content, anything before and zeros are all right.
     any: bool,
 }
 
-/// A flush, in journal positions.
+/// A flush: when it was submitted, by the history's clock, and where in the journal it was complete.
 #[derive(Debug, Clone, Copy)]
 struct Flush {
-    submitted: usize,
+    submitted: u64,
     completed: usize,
 }
 
@@ -41,6 +42,8 @@ struct Flush {
 struct History {
     sectors: BTreeMap<u64, Vec<Version>>,
     flushes: Vec<Flush>,
+    /// Counts submissions and ends. Positions in the journal do not order what writes nothing, as unmapping a block.
+    clock: u64,
 }
 
 fn stamp_sector(buf: &mut [u8], lba: u64, stamp: u64) {
@@ -147,7 +150,8 @@ struct Flying {
     kind: RequestKind,
     first: u64,
     count: u64,
-    submitted: usize,
+    /// By the history's clock.
+    submitted: u64,
 }
 
 /// Whether a workload unmaps and zeroes, and what unmapping promises.
@@ -170,12 +174,13 @@ fn workload(m: &mut Machine, h: &mut History, rng: &mut Rng, requests: u32, next
         flying.retain(|f| {
             let Some(c) = f.slot.lock().unwrap().take() else { return true };
             c.result.expect("succeeds");
+            h.clock += 1;
             if f.kind == RequestKind::Flush || f.kind == (RequestKind::Write { fua: true }) {
                 h.flushes.push(Flush { submitted: f.submitted, completed: now });
             }
             for lba in f.first..f.first + f.count {
                 let v = h.sectors.get_mut(&lba).and_then(|v| v.last_mut()).expect("it was submitted");
-                v.completed = now;
+                v.completed = h.clock;
                 if f.kind == (RequestKind::Write { fua: true }) {
                     v.durable = now;
                 }
@@ -207,6 +212,7 @@ fn workload(m: &mut Machine, h: &mut History, rng: &mut Rng, requests: u32, next
                 continue;
             }
             let submitted = m.file.journal_len();
+            h.clock += 1;
             *next_stamp += 1;
             let write = matches!(kind, RequestKind::Write { .. });
             let mut data = vec![0; if write { (count * m.sector) as usize } else { 0 }];
@@ -216,7 +222,7 @@ fn workload(m: &mut Machine, h: &mut History, rng: &mut Rng, requests: u32, next
                 let stamp = if write { *next_stamp } else { 0 };
                 let versions = h.sectors.entry(lba).or_default();
                 // Whole-block zeroing touches many sectors that never had anything.
-                versions.push(Version { stamp, submitted, completed: usize::MAX, durable: usize::MAX, any });
+                versions.push(Version { stamp, submitted, completed: u64::MAX, durable: usize::MAX, any });
                 if write {
                     let at = (i * m.sector) as usize;
                     stamp_sector(&mut data[at..at + m.sector as usize], lba, stamp);
@@ -224,7 +230,7 @@ fn workload(m: &mut Machine, h: &mut History, rng: &mut Rng, requests: u32, next
             }
             let buf = write.then(|| IoBuffer::from_vec(data));
             let slot = m.request(kind, first * m.sector, count * m.sector, buf);
-            flying.push(Flying { slot, kind, first, count, submitted });
+            flying.push(Flying { slot, kind, first, count, submitted: h.clock });
         } else {
             m.step(rng);
         }
