@@ -190,6 +190,9 @@ impl SoftPartition {
             let reason = format!("this host's processor lacks {}, which the processor model has", missing.join(", "));
             return Err(EngineError::Unavailable { engine: "soft", reason });
         }
+        if config.options.translate == partition::TranslateMode::Verify {
+            tracing::warn!("verify is not built yet: guest code is translated without being compared");
+        }
         let wakers: Vec<_> = (0..count).map(|_| Arc::new(Waker::new())).collect();
         let timers = Arc::new(Timers::new(config.clock.clone(), &wakers));
         let mut lapics = Vec::new();

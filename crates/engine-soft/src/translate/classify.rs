@@ -289,6 +289,9 @@ pub fn kind(i: &Instruction, features: &Features) -> Kind {
         | M::Cld
         | M::Std
         | M::Pushfq
+        | M::Popfq
+        | M::Sti
+        | M::Wrmsr
         | M::In
         | M::Out
         | M::Stac

@@ -152,6 +152,14 @@ pub fn lower(
             break;
         }
     }
+    if list.is_empty() {
+        // The first instruction is invalid or goes on in the next page: a block that leads to the interpreter, so that the
+        // next time costs a jump and not a translation.
+        let mut i = Instruction::default();
+        i.set_ip(rip);
+        list.push((i, Kind::Stop));
+        ended = true;
+    }
     let last = list.last()?.0;
     let page = rip >> 12;
     // Needs, backwards.
