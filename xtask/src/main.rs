@@ -98,6 +98,27 @@ struct BenchArgs {
 enum BenchWhat {
     Boot(BenchBootArgs),
     Cpu(BenchCpuArgs),
+    Disk(BenchDiskArgs),
+}
+
+/// Virtual disks: conversions and streams of requests, against qemu-img.
+#[derive(clap::Args)]
+struct BenchDiskArgs {
+    /// Rounds; the median counts
+    #[arg(long, default_value_t = 5)]
+    runs: u32,
+    /// Folder for the images [default: bench-disk in the target folder]
+    #[arg(long)]
+    folder: Option<PathBuf>,
+    /// MiB of random data in the image that is converted
+    #[arg(long, default_value_t = 512)]
+    data: u64,
+    /// Requests in a stream
+    #[arg(long, default_value_t = 40_000)]
+    count: u64,
+    /// Cache mode of the streams, for both
+    #[arg(long, default_value = "writeback", value_parser = ["none", "writeback"])]
+    cache: String,
 }
 
 /// Small loops and real programs: native, under QEMU and under Viridian, the same files everywhere.
@@ -209,6 +230,13 @@ fn run(cli: Cli) -> Result<ExitCode> {
         }),
         Xtask::Bench(BenchArgs { what: BenchWhat::Boot(args) }) => bench_boot(args),
         Xtask::Bench(BenchArgs { what: BenchWhat::Cpu(args) }) => bench_cpu(args),
+        Xtask::Bench(BenchArgs { what: BenchWhat::Disk(args) }) => bench::disk::run(&bench::disk::Options {
+            runs: args.runs.max(1),
+            folder: args.folder.unwrap_or_else(|| workspace_root().join("target/bench-disk")),
+            data_mib: args.data.max(1),
+            count: args.count.max(1),
+            cache: args.cache,
+        }),
         Xtask::Guests(args) => run_guests(&args),
         Xtask::Initramfs(args) => run_initramfs(args),
     }

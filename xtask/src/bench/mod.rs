@@ -5,6 +5,7 @@
 
 pub mod boot;
 pub mod cpu;
+pub mod disk;
 mod inputs;
 pub mod table;
 
