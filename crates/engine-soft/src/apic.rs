@@ -347,16 +347,17 @@ impl Lapic {
         if !self.is_x2apic() {
             return Err(Denied);
         }
-        // Reserved bits (SDM volume 3, section 10.12.1.3).
+        // Reserved bits (SDM volume 3, section 10.12.1.3). Delivery status (bit 12) and remote IRR (bit 14) of the LVT are
+        // not reserved but read-only: Linux writes them when it disconnects its APIC.
         let allowed: u64 = match r {
             reg::TPR => 0xff,
             reg::EOI | reg::ESR => 0,
             reg::SVR => 0x1ff,
             reg::ICR => 0xffff_ffff_000c_cfff,
-            reg::LVT_TIMER => 0x7_00ff,
-            reg::LVT_THERMAL | reg::LVT_PERF => 0x1_07ff,
-            reg::LVT_LINT0 | reg::LVT_LINT1 => 0x1_a7ff,
-            reg::LVT_ERROR => 0x1_00ff,
+            reg::LVT_TIMER => 0x7_10ff,
+            reg::LVT_THERMAL | reg::LVT_PERF => 0x1_17ff,
+            reg::LVT_LINT0 | reg::LVT_LINT1 => 0x1_f7ff,
+            reg::LVT_ERROR => 0x1_10ff,
             reg::INITIAL_COUNT => 0xffff_ffff,
             reg::DIVIDE => 0xb,
             reg::SELF_IPI => 0xff,
