@@ -434,10 +434,10 @@ fn every_form_behaves_as_on_the_host() {
             of_mode.1 += completed;
             c.differences += found.len() as u64;
             differences += found.len() as u64;
-            if let Some(first) = found.first() {
-                if c.differences <= STATES as u64 {
-                    println!("DIFFERENCE {code:?} {mode:?} (pass {pass}, {} of {STATES} states): {first}", found.len());
-                }
+            if let Some(first) = found.first()
+                && c.differences <= STATES as u64
+            {
+                println!("DIFFERENCE {code:?} {mode:?} (pass {pass}, {} of {STATES} states): {first}", found.len());
             }
             if executions >= total {
                 break 'all;
