@@ -117,6 +117,8 @@ pub struct SoftPartition {
     pub options: EngineOptions,
     /// Change counters of code pages.
     pub code_generations: CodeGenerations,
+    /// Code pages that were written, oldest first, after a number of forgotten ones.
+    pub(crate) changed_code: Mutex<(u64, Vec<u64>)>,
     /// Held around a locked read-modify-write that cannot be one host instruction.
     pub bus_lock: Mutex<()>,
     /// Local APICs.
@@ -228,6 +230,7 @@ impl SoftPartition {
             hypercall_port: config.hypercall_port,
             options: config.options,
             code_generations: CodeGenerations::new(),
+            changed_code: Mutex::new((0, Vec::new())),
             bus_lock: Mutex::new(()),
             apics: ApicBus::new(lapics.into_boxed_slice()),
             timers,
@@ -396,6 +399,12 @@ impl SoftPartition {
             // The next user tracks the page again; until then writes to it are free.
             self.memory.with_page(Gpa(page * PAGE_SIZE), |p| p.flags.fetch_and(!page_flags::CODE, Ordering::SeqCst));
             self.code_generations.bump(page);
+            let mut log = self.changed_code.lock().unwrap_or_else(|e| e.into_inner());
+            if log.1.len() >= 8192 {
+                log.0 += log.1.len() as u64;
+                log.1.clear();
+            }
+            log.1.push(page);
         }
         for vp in &self.vps {
             vp.waker.raise(attention::CODE);
@@ -407,6 +416,12 @@ impl SoftPartition {
         let pages = (len / PAGE_SIZE).min(1 << 16);
         for page in 0..pages {
             self.code_generations.bump(gpa.0 / PAGE_SIZE + page);
+        }
+        {
+            // Too many to name: whoever reads the log finds that it has missed some.
+            let mut log = self.changed_code.lock().unwrap_or_else(|e| e.into_inner());
+            log.0 += log.1.len() as u64 + 1;
+            log.1.clear();
         }
         for vp in &self.vps {
             vp.waker.raise(attention::CODE);

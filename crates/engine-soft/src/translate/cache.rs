@@ -72,6 +72,8 @@ pub struct Translator {
     pages: AddressMap<u64, CodePage>,
     exits: Vec<ExitRecord>,
     sites: Vec<Site>,
+    /// How much of the partition's log of changed code pages has been seen.
+    pub log_seen: u64,
     /// Blocks translated, instructions in them, flushes of everything, blocks dropped because code changed.
     pub stats: [u64; 4],
 }
@@ -100,6 +102,7 @@ impl Translator {
             pages: AddressMap::default(),
             exits: Vec::new(),
             sites: Vec::new(),
+            log_seen: 0,
             stats: [0; 4],
         })
     }

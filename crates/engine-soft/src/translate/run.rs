@@ -220,7 +220,19 @@ fn translate(vp: &mut SoftVp, t: &mut Translator, key: Key, host: *const u8) -> 
 /// Drops the blocks of pages that have changed.
 fn drop_changed(vp: &mut SoftVp, t: &mut Translator) {
     let generations = &vp.partition.code_generations;
-    let changed = t.changed_pages(|page| generations.get(page));
+    let named = {
+        let log = vp.partition.changed_code.lock().unwrap_or_else(|e| e.into_inner());
+        let from = t.log_seen.checked_sub(log.0);
+        t.log_seen = log.0 + log.1.len() as u64;
+        from.and_then(|from| log.1.get(from as usize..)).map(<[u64]>::to_vec)
+    };
+    let changed = match named {
+        Some(pages) => pages
+            .into_iter()
+            .filter(|page| t.page_generation(*page).is_some_and(|g| g != generations.get(*page)))
+            .collect(),
+        None => t.changed_pages(|page| generations.get(page)),
+    };
     if changed.is_empty() {
         return;
     }
