@@ -277,6 +277,9 @@ impl Machine {
         for vp in 0..self.config.processors {
             let signature = self.cpuid[vp as usize].get(1, 0).eax;
             let mut state = VpState::reset(vp, signature);
+            // A reset does not set the partition's clock back, and the TSC must agree with it: a guest computes Hyper-V's
+            // reference time from its TSC and arms timers in it, which would all lie in the past.
+            state.set_msr(msr::TSC, self.clock.tsc());
             if matches!(self.config.boot, BootSource::Kernel { .. }) {
                 as_firmware_leaves(&mut state, vp == 0);
             }

@@ -78,6 +78,9 @@ fn power_off_and_reset_come_as_events() {
     assert_eq!(machine.memory().read_plain::<[u8; 4]>(Gpa(0x8000)).unwrap(), IMAGE);
     assert_eq!(machine.vp_state(0).unwrap().rip, 0);
     assert_eq!(machine.vp_state(0).unwrap().segments[1].base, 0x8000);
+    let tsc = machine.clock().tsc();
+    assert!(tsc > 0, "the clock goes on over a reset");
+    assert_eq!(machine.vp_state(1).unwrap().msr(x86::msr::TSC), Some(tsc), "and the TSCs with it");
     machine.resume().unwrap();
     assert!(matches!(event(&events), Event::PowerOff));
     machine.pause().unwrap();
