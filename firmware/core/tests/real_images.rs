@@ -1,7 +1,8 @@
 //! Secure Boot's rule against real images and real databases: shim, GRUB and efitools as Debian ships them, and the
 //! databases of its `ovmf` package.
 //!
-//! The packages are unpacked under the folder that `VIRIDIAN_EFI_TREE` names (`cargo xtask test` sets it).
+//! The packages are unpacked (`dpkg-deb -x`) into one folder, which `VIRIDIAN_EFI_TREE` names; without it the tests say
+//! that they are skipped. `cargo xtask test` does not set it yet.
 
 use std::path::PathBuf;
 use uefi_core::bytes::{array, u16_at, u32_at};

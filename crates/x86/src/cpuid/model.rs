@@ -7,7 +7,8 @@
 //!
 //! A software processor has none of the speculation defects that guests work around at some cost, and the tables say
 //! so: on Intel through `IA32_ARCH_CAPABILITIES` ([`ARCH_CAPABILITIES`]), on AMD through the *_NO bits and automatic IBRS.
-//! Which bits Linux asks for was checked in `arch/x86/kernel/cpu/common.c` and `bugs.c` of 6.1 and 6.12.
+//! What Linux 6.1 and 6.12 make of these bits is judged by their boot messages ("Mitigation: Enhanced / Automatic IBRS",
+//! no retpolines, no page-table isolation).
 
 use super::bits::{self, Bit};
 use super::{CpuidResult, CpuidTable};
