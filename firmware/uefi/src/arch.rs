@@ -7,12 +7,6 @@ pub fn out32(port: u16, value: u32) {
     // SAFETY: port output has no effect on memory that Rust knows; callers address the machine's own devices.
     unsafe { asm!("out dx, eax", in("dx") port, in("eax") value, options(nostack, preserves_flags)) }
 }
-pub fn in32(port: u16) -> u32 {
-    let value;
-    // SAFETY: as `out32`.
-    unsafe { asm!("in eax, dx", in("dx") port, out("eax") value, options(nostack, preserves_flags)) }
-    value
-}
 pub fn out8(port: u16, value: u8) {
     // SAFETY: as `out32`.
     unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nostack, preserves_flags)) }

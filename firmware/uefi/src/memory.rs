@@ -2,7 +2,6 @@
 //!
 //! The map is a sorted array of regions in the firmware's own data, so that it needs no memory to manage memory.
 
-use crate::arch;
 use crate::cell::Global;
 use crate::config;
 use r_efi::efi::{self, MemoryDescriptor, Status};
@@ -236,16 +235,6 @@ pub fn free(start: u64, pages: u64) -> Result<(), Status> {
     })
 }
 
-/// Declares a range that is not RAM (runtime MMIO).
-pub fn declare(start: u64, pages: u64, kind: u32) {
-    MAP.with(|map| {
-        if !map.all().iter().any(|r| r.start < start + pages * PAGE && start < r.end()) {
-            map.add(Region { start, pages, kind, attributes: attributes_of(kind) });
-            map.key += 1;
-        }
-    });
-}
-
 /// Bytes of a descriptor as GetMemoryMap returns it: more than the structure, so that nobody relies on its size.
 pub const DESCRIPTOR_SIZE: usize = 48;
 
@@ -272,10 +261,4 @@ pub fn descriptors(mut f: impl FnMut(MemoryDescriptor)) {
 /// Type of the region that holds an address.
 pub fn kind_at(address: u64) -> Option<u32> {
     MAP.with(|map| map.all().iter().find(|r| r.start <= address && address < r.end()).map(|r| r.kind))
-}
-
-/// Stops the machine after a failure that nothing can mend.
-pub fn out_of_memory() -> ! {
-    crate::console::emergency(format_args!("\r\nThe firmware has no memory left.\r\n"));
-    arch::stop()
 }

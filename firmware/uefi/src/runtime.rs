@@ -477,10 +477,7 @@ unsafe extern "efiapi" fn set_virtual_address_map(
                 *p = v as usize;
             }
         };
-        for e in slice::from_raw_parts_mut(s.configuration_table, s.number_of_table_entries) {
-            // Only tables of runtime memory move (UEFI 2.10, section 8.4); the others keep their physical address.
-            let _ = e;
-        }
+        // The configuration tables themselves keep their physical addresses (UEFI 2.10, section 4.6).
         let mut words = [s.firmware_vendor as usize, s.configuration_table as usize, s.runtime_services as usize];
         words.iter_mut().for_each(convert);
         s.firmware_vendor = words[0] as *mut Char16;
