@@ -120,20 +120,49 @@ pub struct TlbSet {
     slots: Slots,
     local: Vec<u16>,
     global: Vec<u16>,
-    /// A filter of the 4 MiB (bits of `large`) and 1 GiB (`huge`) regions that have entries from large pages.
-    large: u64,
-    huge: u64,
+    /// Filters of the 4 MiB and 1 GiB regions that have entries from large pages.
+    large: Regions,
+    huge: Regions,
     code: Box<[CodeEntry; CODE_SLOTS]>,
     /// Instruction-side entries of other epochs are empty: epochs of local and of global entries.
     code_epochs: [u64; 2],
-    code_large: bool,
+    /// Filters of the 4 MiB and 1 GiB regions that instructions were fetched from through large pages.
+    code_large: Regions,
+    code_huge: Regions,
     /// Where translated code finds jump targets; flushed with the instruction side.
     pub jumps: JumpTable,
 }
 
-/// Bit of a region number in a 64-bit filter.
-fn filter_bit(region: u64) -> u64 {
-    1 << (region.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 58)
+/// A filter of region numbers: says of some that are not there that they may be, never the reverse. INVLPG of a user
+/// page must not find every large page of the kernel in its way, so it is larger than the few hundred regions of a guest.
+#[derive(Clone)]
+struct Regions {
+    bits: [u64; 64],
+    any: bool,
+}
+
+impl Regions {
+    const fn new() -> Self {
+        Self { bits: [0; 64], any: false }
+    }
+    fn place(region: u64) -> (usize, u64) {
+        let hash = region.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 52;
+        ((hash >> 6) as usize, 1 << (hash & 63))
+    }
+    fn add(&mut self, region: u64) {
+        let (word, bit) = Self::place(region);
+        self.bits[word] |= bit;
+        self.any = true;
+    }
+    fn may_have(&self, region: u64) -> bool {
+        let (word, bit) = Self::place(region);
+        self.bits[word] & bit != 0
+    }
+    fn clear(&mut self) {
+        if self.any {
+            *self = Self::new();
+        }
+    }
 }
 
 const LARGE_SHIFT: u32 = 22;
@@ -146,11 +175,12 @@ impl TlbSet {
             slots: Slots::new(),
             local: Vec::new(),
             global: Vec::new(),
-            large: 0,
-            huge: 0,
+            large: Regions::new(),
+            huge: Regions::new(),
             code: Box::new([CodeEntry::default(); CODE_SLOTS]),
             code_epochs: [1; 2],
-            code_large: false,
+            code_large: Regions::new(),
+            code_huge: Regions::new(),
             jumps: JumpTable::new(),
         }
     }
@@ -188,9 +218,9 @@ impl TlbSet {
             info: f.gpa | flags,
         };
         if f.shift == HUGE_SHIFT {
-            self.huge |= filter_bit(f.page >> HUGE_SHIFT);
+            self.huge.add(f.page >> HUGE_SHIFT);
         } else if f.shift > 12 {
-            self.large |= filter_bit(f.page >> LARGE_SHIFT);
+            self.large.add(f.page >> LARGE_SHIFT);
         }
     }
 
@@ -223,8 +253,8 @@ impl TlbSet {
                 self.clear(slot);
             }
         }
-        self.large = 0;
-        self.huge = 0;
+        self.large.clear();
+        self.huge.clear();
         self.flush_code();
         self.jumps.flush_all();
     }
@@ -232,19 +262,20 @@ impl TlbSet {
     /// Drops the instruction side.
     pub fn flush_code(&mut self) {
         self.code_epochs = self.code_epochs.map(|e| e + 1);
-        self.code_large = false;
+        self.code_large.clear();
+        self.code_huge.clear();
     }
 
     /// Drops what may translate this address: its slot, and every slot that may belong to the same large page.
     pub fn invalidate(&mut self, la: u64) {
         let page = la & !PAGE_MASK;
-        if self.huge & filter_bit(la >> HUGE_SHIFT) != 0 {
+        if self.huge.may_have(la >> HUGE_SHIFT) {
             for slot in 0..SLOTS {
                 if self.slots[slot].tag_r >> HUGE_SHIFT == la >> HUGE_SHIFT {
                     self.clear(slot);
                 }
             }
-        } else if self.large & filter_bit(la >> LARGE_SHIFT) != 0 {
+        } else if self.large.may_have(la >> LARGE_SHIFT) {
             let first = slot_of(la) & !0x3ff;
             for slot in first..first + 0x400 {
                 if self.slots[slot].tag_r >> LARGE_SHIFT == la >> LARGE_SHIFT {
@@ -256,7 +287,7 @@ impl TlbSet {
         if self.slots[slot].tag_r == page {
             self.clear(slot);
         }
-        if self.code_large {
+        if self.code_large.may_have(la >> LARGE_SHIFT) || self.code_huge.may_have(la >> HUGE_SHIFT) {
             self.flush_code();
             self.jumps.flush_all();
         } else {
@@ -296,7 +327,11 @@ impl TlbSet {
 
     /// Enters an instruction page.
     pub fn code_fill(&mut self, page: u64, gpa: u64, host: *mut u8, shift: u32, global: bool) {
-        self.code_large |= shift > 12;
+        if shift == HUGE_SHIFT {
+            self.code_huge.add(page >> HUGE_SHIFT);
+        } else if shift > 12 {
+            self.code_large.add(page >> LARGE_SHIFT);
+        }
         self.code[(page >> 12) as usize & (CODE_SLOTS - 1)] =
             CodeEntry { page, gpa, host: host as u64, epoch: self.code_epochs[usize::from(global)], global };
     }

@@ -21,7 +21,7 @@ pub struct JumpTable {
     local: Vec<u16>,
     global: Vec<u16>,
     /// Filter of the pages that have entries.
-    pages: u64,
+    pages: Box<[u64; PAGE_BITS / 64]>,
 }
 
 // SAFETY: owns its memory; used by one thread at a time.
@@ -31,8 +31,13 @@ fn layout() -> Layout {
     Layout::array::<Slot>(JUMP_SLOTS).unwrap_or(Layout::new::<Slot>())
 }
 
-fn page_bit(rip: u64) -> u64 {
-    1 << ((rip >> 12).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 58)
+/// Bits of the filter: a kernel has some thousand pages with targets, and INVLPG of another page should not hit.
+const PAGE_BITS: usize = 1 << 16;
+
+/// Word and bit of a page in the filter.
+fn page_bit(rip: u64) -> (usize, u64) {
+    let hash = (rip >> 12).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 48;
+    ((hash >> 6) as usize, 1 << (hash & 63))
 }
 
 impl JumpTable {
@@ -45,7 +50,7 @@ impl JumpTable {
         }
         // SAFETY: slot 0 is inside; a RIP of 1 never belongs there.
         unsafe { (*slots).rip = 1 };
-        Self { slots, local: Vec::new(), global: Vec::new(), pages: 0 }
+        Self { slots, local: Vec::new(), global: Vec::new(), pages: Box::new([0; PAGE_BITS / 64]) }
     }
 
     /// Address of slot 0.
@@ -63,7 +68,8 @@ impl JumpTable {
         } else {
             self.local.push(slot);
         }
-        self.pages |= page_bit(rip);
+        let (word, bit) = page_bit(rip);
+        self.pages[word] |= bit;
         if self.local.len() + self.global.len() > 4 * JUMP_SLOTS {
             self.flush_all();
         }
@@ -90,17 +96,29 @@ impl JumpTable {
 
     /// Drops everything.
     pub fn flush_all(&mut self) {
+        if self.local.is_empty() && self.global.is_empty() {
+            return;
+        }
         self.flush_local();
         for slot in std::mem::take(&mut self.global) {
             self.clear(slot);
         }
-        self.pages = 0;
+        self.pages.fill(0);
     }
 
-    /// Drops everything if something of this address's page may be there.
+    /// Drops what lies in this address's page.
     pub fn invalidate(&mut self, la: u64) {
-        if self.pages & page_bit(la) != 0 {
-            self.flush_all();
+        let (word, bit) = page_bit(la);
+        if self.pages[word] & bit == 0 {
+            return;
+        }
+        // A page's targets have neighbouring slots.
+        let first = usize::from(la as u16 & 0xf000);
+        for slot in first..first + 0x1000 {
+            // SAFETY: as in `insert`.
+            if unsafe { (*self.slots.add(slot)).rip } >> 12 == la >> 12 {
+                self.clear(slot as u16);
+            }
         }
     }
 }
