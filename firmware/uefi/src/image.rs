@@ -434,11 +434,9 @@ pub unsafe extern "efiapi" fn unload_image(h: efi::Handle) -> Status {
     Status::SUCCESS
 }
 
-/// ExitBootServices.
-pub unsafe extern "efiapi" fn exit_boot_services(h: efi::Handle, key: usize) -> Status {
-    if with_image(h, |_| ()).is_none() {
-        return Status::INVALID_PARAMETER;
-    }
+/// ExitBootServices. The image handle is not looked at: shim (from 16 on) starts kernels that it has loaded itself, on
+/// handles of its own, and the specification (section 7.4.6) has no status for that, only for a stale key.
+pub unsafe extern "efiapi" fn exit_boot_services(_image: efi::Handle, key: usize) -> Status {
     event::signal_group(event::GROUP_BEFORE_EXIT_BOOT_SERVICES);
     if key != memory::summary().1 {
         return Status::INVALID_PARAMETER;

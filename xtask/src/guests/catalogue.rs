@@ -7,6 +7,10 @@ pub enum Kind {
     Kernel,
     /// Anything else: `tools/NAME/` is a tree of files.
     Tool,
+    /// A bootable disk made of the packages (`disks/NAME.vhdx`), see [`super::disk`].
+    Disk,
+    /// A bootable DVD image (`disks/NAME.iso`), see [`super::disk`].
+    Dvd,
 }
 
 /// One name of the catalogue.
@@ -33,6 +37,9 @@ pub struct Item {
 impl Item {
     /// One line that changes when the item must be fetched anew. The number counts changes of the layout.
     pub fn recipe(&self) -> String {
+        if matches!(self.kind, Kind::Disk | Kind::Dvd) {
+            return super::disk::recipe(self);
+        }
         format!(
             "1 {:?} {} {} {} {} -{}",
             self.kind,
@@ -77,6 +84,32 @@ const fn files(
 ) -> Item {
     Item { name, kind: Kind::Tool, suite, arch: "amd64", packages, dependencies: false, without: &[], about }
 }
+
+/// A Debian system on a disk (or an installer-style DVD) that UEFI boots through the signed chain.
+const fn system(
+    name: &'static str,
+    kind: Kind,
+    suite: &'static str,
+    packages: &'static [&'static str],
+    about: &'static str,
+) -> Item {
+    Item { name, kind, suite, arch: "amd64", packages, dependencies: true, without: &[], about }
+}
+
+/// What a Debian system on a disk consists of beyond Debian's essential packages.
+const SYSTEM: &[&str] = &[
+    "systemd-sysv",
+    "udev",
+    "dbus",
+    "kmod",
+    "zstd",
+    "e2fsprogs",
+    "linux-image-cloud-amd64",
+    "hyperv-daemons",
+    "mokutil",
+    "efibootmgr",
+    "efivar",
+];
 
 /// What programs depend on only for being installed.
 const MAINTAINER_ONLY: &[&str] = &[
@@ -126,9 +159,18 @@ pub const CATALOGUE: &[Item] = &[
     program("mmdebstrap", &["mmdebstrap"], "make root file systems"),
     program("efitools", &["efitools", "sbsigntool"], "sign and inspect EFI images; unsigned images for refusals"),
     files("seabios", "bookworm", &["seabios"], "generation 1 BIOS and video BIOS images"),
+    Item {
+        suite: "trixie",
+        ..program("mke2fs", &["e2fsprogs", "libarchive13t64"], "mke2fs that takes a file system's contents from a tar")
+    },
     files("ovmf", "trixie", &["ovmf"], "reference UEFI with Microsoft's keys in its variables"),
-    files("shim-signed", "bookworm", &["shim-signed"], "first boot loader, signed by Microsoft"),
+    files("shim-signed", "bookworm", &["shim-signed", "shim-helpers-amd64-signed"], "first boot loader (Microsoft)"),
     files("grub-efi", "bookworm", &["grub-efi-amd64-signed"], "second boot loader, signed by Debian"),
+    files("shim-signed-13", "trixie", &["shim-signed", "shim-helpers-amd64-signed"], "the same of Debian 13"),
+    files("grub-efi-13", "trixie", &["grub-efi-amd64-signed"], "the same of Debian 13"),
+    system("debian-12-disk", Kind::Disk, "bookworm", SYSTEM, "Debian 12 on a GPT disk with the signed chain (VHDX)"),
+    system("debian-13-disk", Kind::Disk, "trixie", SYSTEM, "Debian 13 on a GPT disk with the signed chain (VHDX)"),
+    system("debian-12-dvd", Kind::Dvd, "bookworm", &[], "installer-style ISO of Debian 12 with the signed chain"),
     files("grub-rescue", "bookworm", &["grub-rescue-pc"], "BIOS boot CD and floppy images"),
     files("isolinux", "bookworm", &["isolinux", "syslinux-common"], "BIOS boot loader for CDs"),
     files("memtest86", "bookworm", &["memtest86+"], "a guest without an operating system"),

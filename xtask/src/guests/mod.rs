@@ -5,6 +5,7 @@
 //! ```text
 //! kernels/NAME/vmlinuz config version modules/    one kernel; modules/ is its lib/modules/VERSION
 //! tools/NAME/                                     one tool's packages, extracted side by side
+//! disks/NAME.vhdx, disks/NAME.iso                 bootable systems, built on this machine
 //! stamps/NAME                                     the package files that NAME was made from
 //! initramfs/HASH.cpio[.gz]                        images, by content
 //! apt/SUITE-ARCH/                                 the private apt state
@@ -12,6 +13,7 @@
 
 pub mod apt;
 mod catalogue;
+pub mod disk;
 pub mod sources;
 
 pub use catalogue::{CATALOGUE, DEFAULT, Item, Kind};
@@ -63,6 +65,13 @@ impl Guests {
         self.root.join("tools").join(name)
     }
 
+    /// The image of a bootable disk or DVD of the catalogue, as `debian-12-disk`. Guests write to disks: give them a
+    /// differencing image (`viridian vhd new --parent`) or a copy.
+    pub fn image(&self, name: &str) -> PathBuf {
+        let dvd = CATALOGUE.iter().any(|i| i.name == name && i.kind == Kind::Dvd);
+        self.root.join("disks").join(name).with_extension(if dvd { "iso" } else { "vhdx" })
+    }
+
     /// Where a kernel lies.
     ///
     /// # Errors
@@ -106,6 +115,11 @@ impl Guests {
             return Ok(());
         }
         fs::create_dir_all(&self.root).with_context(|| format!("cannot create {}", self.root.display()))?;
+        // What builds the disks comes first: the lock below is not taken twice.
+        let builders: Vec<&str> = items.iter().flat_map(|i| disk::needs(i)).copied().collect();
+        if !builders.is_empty() {
+            self.fetch(&builders, false)?;
+        }
         // Several checkouts may share the folder.
         let lock = fs::File::create(self.root.join("lock"))?;
         lock.lock().context("cannot lock the guests folder")?;
@@ -115,6 +129,12 @@ impl Guests {
         for item in items {
             if !refresh && self.is_current(item) {
                 continue; // another process was faster
+            }
+            if matches!(item.kind, Kind::Disk | Kind::Dvd) {
+                disk::build(self, item, &sources)?;
+                fs::create_dir_all(self.root.join("stamps"))?;
+                fs::write(self.stamp(item), item.recipe() + "\n")?;
+                continue;
             }
             let key = (item.suite, item.arch);
             if let std::collections::btree_map::Entry::Vacant(entry) = states.entry(key) {
@@ -172,6 +192,7 @@ impl Guests {
                 self.root.join("kernels").join(item.name)
             }
             Kind::Tool => self.tool(item.name),
+            Kind::Disk | Kind::Dvd => bail!("{} is built, not extracted", item.name),
         };
         fs::create_dir_all(target.parent().expect("a joined path"))?;
         let _ = fs::remove_file(self.stamp(item));
