@@ -20,14 +20,14 @@ use x86::exception::has_error_code;
 use x86::regs::rflags;
 
 /// What the run loop remembers between instructions.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub struct RunState {
-    /// Something waits for IF, the shadow or the NMI mask ([`SoftVp::interrupts_unblocked`] says when to look again).
-    window: bool,
     /// Idle by the guest-idle MSR: any interrupt ends it, even with IF clear.
     idle_any: bool,
     /// PAUSE instructions since the last yield.
     pauses: u32,
+    /// A panic that must not unwind through translated code.
+    pub(crate) panic: Option<Box<dyn std::any::Any + Send>>,
 }
 
 /// PAUSEs of a spinning VP before it gives its host processor to another thread.
@@ -76,7 +76,7 @@ impl SoftVp {
         self.enter();
         loop {
             let bits = self.s.attention.load(Ordering::SeqCst);
-            let look = bits & !(attention::BOUNDARY | attention::CODE) != 0 || self.run.window;
+            let look = bits & !(attention::BOUNDARY | attention::CODE) != 0 || self.s.window != 0;
             if look && let Some(exit) = self.look_up() {
                 return exit;
             }
@@ -133,7 +133,7 @@ impl SoftVp {
         if bits & attention::TIMER != 0 {
             self.apic.check_timer();
         }
-        self.run.window = false;
+        self.s.window = 0;
         self.take_events();
         None
     }
@@ -168,12 +168,12 @@ impl SoftVp {
         }
         // A debug trap of the last instruction comes before interrupts; the interpreter delivers it at this boundary.
         if self.s.pending_debug != 0 && !self.s.mov_ss_shadow {
-            self.run.window = true;
+            self.s.window = 1;
             return;
         }
         if events & event::NMI != 0 {
             if self.s.nmi_masked || self.s.mov_ss_shadow {
-                self.run.window = true;
+                self.s.window = 1;
             } else {
                 self.apic.take_event(event::NMI);
                 self.set_activity(Activity::Running);
@@ -196,7 +196,7 @@ impl SoftVp {
             self.set_activity(Activity::Running);
         }
         if self.s.rflags & rflags::IF == 0 || self.s.interrupt_shadow {
-            self.run.window = true;
+            self.s.window = 1;
             return;
         }
         let vector = if extint {
@@ -279,7 +279,7 @@ impl SoftVp {
     /// instruction. Called by every instruction that can do it (STI, POPF, IRET, SYSRET, a task switch).
     #[inline]
     pub fn interrupts_unblocked(&mut self) {
-        if self.run.window {
+        if self.s.window != 0 {
             self.s.attention.fetch_or(attention::INTERRUPT, Ordering::SeqCst);
         }
     }

@@ -6,6 +6,7 @@ pub mod code_memory;
 pub mod emit;
 pub mod flags;
 pub mod jump_table;
+pub mod kernel;
 pub mod lower;
 pub mod raw;
 pub mod run;
@@ -34,6 +35,14 @@ pub struct JitState {
     pub vp: u64,
     /// MXCSR of Rust code.
     pub host_mxcsr: u64,
+    /// The guest's MXCSR while Rust code runs with the guest's vector state half loaded.
+    pub guest_mxcsr: u64,
+    /// The vector registers then.
+    pub vectors: [[u64; 4]; 16],
+    /// The translator, for calls to Rust.
+    pub translator: u64,
+    /// What translations rely on ([`kernel::assumed`]).
+    pub assumed: u64,
 }
 
 impl Default for JitState {
@@ -48,6 +57,10 @@ impl Default for JitState {
             jump_table: 0,
             vp: 0,
             host_mxcsr: u64::from(x86::xsave::MXCSR_INIT),
+            guest_mxcsr: u64::from(x86::xsave::MXCSR_INIT),
+            vectors: [[0; 4]; 16],
+            translator: 0,
+            assumed: 0,
         }
     }
 }

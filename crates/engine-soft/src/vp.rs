@@ -115,6 +115,8 @@ pub struct VpBlock {
     pub rflags: u64,
     /// See [`attention`].
     pub attention: AtomicU32,
+    /// Not zero: an interrupt waits for IF, the shadow or the NMI mask ([`SoftVp::interrupts_unblocked`]).
+    pub window: u32,
     /// Current privilege level (0 to 3). SS.DPL is kept equal to it, CS.RPL too.
     pub cpl: u8,
     /// Size of the current code segment.

@@ -29,13 +29,15 @@ pub struct TlbPointers {
     pub data: *mut TlbEntry,
     /// First slot of the set for implicit supervisor accesses.
     pub system: *mut TlbEntry,
+    /// First slot of the set for explicit accesses at level 0 with EFLAGS.AC set.
+    pub with_ac: *mut TlbEntry,
     /// Changes whenever a cached result of [`SoftVp::fetch_page`] may have become wrong.
     pub code_epoch: u64,
 }
 
 impl Default for TlbPointers {
     fn default() -> Self {
-        Self { data: std::ptr::null_mut(), system: std::ptr::null_mut(), code_epoch: 1 }
+        Self { data: std::ptr::null_mut(), system: std::ptr::null_mut(), with_ac: std::ptr::null_mut(), code_epoch: 1 }
     }
 }
 
@@ -189,6 +191,8 @@ impl SoftVp {
             if self.alignment_checked() { self.mmu.empty.base() } else { self.mmu.set(self.access_class()).base() };
         self.s.tlb.data = data;
         self.s.tlb.system = self.mmu.supervisor.base();
+        let smap = self.s.cr4 & cr4::SMAP != 0;
+        self.s.tlb.with_ac = if smap { self.mmu.supervisor_ac.base() } else { self.s.tlb.system };
         // What may be fetched depends on the privilege level only as far as user or supervisor.
         let user = self.s.cpl == 3;
         if self.mmu.selected_user != user {
@@ -226,6 +230,12 @@ impl SoftVp {
     pub(crate) fn jump_table(&mut self) -> u64 {
         let class = self.code_class();
         self.mmu.set(class).jumps.base()
+    }
+
+    /// The host address of the code at the VP's RIP, if it is in the jump table.
+    pub(crate) fn find_jump(&mut self) -> Option<u64> {
+        let (class, rip) = (self.code_class(), self.s.rip);
+        self.mmu.set(class).jumps.get(rip)
     }
 
     /// Enters a target into the jump table. Its page must just have been fetched from.

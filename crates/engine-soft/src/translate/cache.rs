@@ -20,6 +20,9 @@ impl Hasher for AddressHasher {
             self.write_u64(u64::from(*b));
         }
     }
+    fn write_u8(&mut self, value: u8) {
+        self.write_u64(u64::from(value));
+    }
     fn write_u64(&mut self, value: u64) {
         self.0 = (self.0.rotate_left(5) ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         self.0 ^= self.0 >> 29;
@@ -35,6 +38,8 @@ pub struct Key {
     pub rip: u64,
     /// Physical address of that byte.
     pub gpa: u64,
+    /// Privilege level 0 (else 3).
+    pub kernel: bool,
 }
 
 struct Block {
@@ -83,9 +88,9 @@ const BLOCK_ROOM: usize = 16 << 10;
 
 impl Translator {
     /// A translator with a code cache of `bytes`. Fails where the host gives no executable memory.
-    pub fn new(bytes: usize, interpret: thunks::InterpretHelper, vector: thunks::InterpretHelper) -> io::Result<Self> {
+    pub fn new(bytes: usize, helpers: thunks::Helpers) -> io::Result<Self> {
         let mut memory = CodeMemory::new(bytes.max(1 << 20))?;
-        let (code, thunks) = thunks::build(memory.exec(0) as u64, interpret, vector);
+        let (code, thunks) = thunks::build(memory.exec(0) as u64, helpers);
         if !memory.put(0, &code) {
             return Err(io::ErrorKind::OutOfMemory.into());
         }

@@ -1,5 +1,6 @@
 //! What the translator does with each instruction.
 
+use super::kernel::System;
 use crate::features::Features;
 use crate::native::{self, Unit};
 use iced_x86::Register;
@@ -37,6 +38,9 @@ pub enum Kind {
     CallIndirect,
     /// Executed by the interpreter, then the block goes on.
     Interpret,
+    /// A system instruction, in line. May change privilege data of memory accesses (STAC, WRFSBASE): no check is valid
+    /// across it.
+    System(System),
     /// The block ends here; the interpreter executes it.
     Stop,
 }

@@ -8,6 +8,7 @@ use super::JitState;
 use super::classify::{self, Kind, shape};
 use super::emit::{A, Asm, B, C, RAX, RCX, SP, cc};
 use super::flags::{self, Need};
+use super::kernel;
 use super::raw::{Place, Raw};
 use super::thunks::Thunks;
 use crate::features::Features;
@@ -24,7 +25,7 @@ pub const MAX_INSTRUCTIONS: usize = 48;
 pub const JUMP_SLOTS: usize = 1 << 16;
 
 /// Offset of a guest register in the VP block.
-fn gpr(n: u8) -> usize {
+pub(super) fn gpr(n: u8) -> usize {
     8 * n as usize
 }
 /// Offset of a field of [`JitState`].
@@ -36,7 +37,7 @@ macro_rules! jit {
 pub(super) use jit;
 
 /// The host register that holds a guest register; `None`: it lives in the VP block.
-fn host(n: u8) -> Option<u8> {
+pub(super) fn host(n: u8) -> Option<u8> {
     match n {
         4 => Some(SP),
         9 | 10 | 11 | 15 => None,
@@ -93,7 +94,7 @@ pub struct Lowered {
 
 enum Cold {
     /// Execute the instruction in the interpreter, go on at `resume` (0: leave the block).
-    Interpret { from: Vec<(u64, bool)>, rip: u64, len: u8, lazy: bool, resume: u64 },
+    Interpret { from: Vec<(u64, bool)>, rip: u64, len: u8, lazy: bool, light: bool, resume: u64 },
     /// Load the vector state, go on at `resume`. `pop`: the flags are on the stack.
     Vector { from: u64, rip: u64, level: u8, lazy: bool, pop: bool, resume: u64 },
     /// Leave by a direct jump (patchable).
@@ -104,10 +105,10 @@ enum Cold {
     Poll { from: u64, target: u64 },
 }
 
-struct Lower<'a> {
+pub(super) struct Lower<'a> {
     rip: u64,
     code: &'a [u8],
-    hot: Asm,
+    pub(super) hot: Asm,
     cold: Vec<Cold>,
     thunks: &'a Thunks,
     exits: Vec<Exit>,
@@ -121,7 +122,7 @@ struct Lower<'a> {
     /// 0: unknown, 1: SSE, 2: AVX usable and loaded.
     vector: u8,
     /// Slow-path jumps of the current instruction (with: inside a flags-in-RAX sequence).
-    slow: Vec<(u64, bool)>,
+    pub(super) slow: Vec<(u64, bool)>,
     bmi2: bool,
 }
 
@@ -132,6 +133,7 @@ pub fn lower(
     code: &[u8],
     peek: &dyn Fn(u64) -> u8,
     features: &Features,
+    mode: kernel::Mode,
     thunks: &Thunks,
     hot_base: u64,
     cold_base: u64,
@@ -145,7 +147,7 @@ pub fn lower(
         if i.is_invalid() {
             break;
         }
-        let kind = classify::kind(&i, features);
+        let kind = kernel::refine(&i, classify::kind(&i, features), mode, thunks.bmi2);
         list.push((i, kind));
         if matches!(kind, Kind::Stop | Kind::Jmp | Kind::Ret | Kind::JmpIndirect | Kind::CallIndirect | Kind::Call) {
             ended = true;
@@ -159,6 +161,10 @@ pub fn lower(
         i.set_ip(rip);
         list.push((i, Kind::Stop));
         ended = true;
+    }
+    if let Some((_, kind @ Kind::System(kernel::System::Sti))) = list.last_mut() {
+        // The instruction behind STI belongs to it: an interrupt must not come between.
+        *kind = Kind::Interpret;
     }
     let last = list.last()?.0;
     let page = rip >> 12;
@@ -247,7 +253,7 @@ impl Lower<'_> {
     }
 
     /// To be called before a sequence that destroys the host's flags. True: it must keep them.
-    fn before_clobber(&mut self) -> bool {
+    pub(super) fn before_clobber(&mut self) -> bool {
         if self.need.hard != 0 {
             return true;
         }
@@ -322,10 +328,12 @@ impl Lower<'_> {
             Kind::Interpret => {
                 self.call_interpreter(i);
             }
+            Kind::System(system) => self.system(i, system),
             Kind::Stop => {
                 // Flags are in the host's register: the need before a Stop is hard.
                 self.hot.mov_imm(A, i.ip());
-                self.hot.jmp(self.thunks.exit_interpret);
+                let system = kernel::advances(i);
+                self.hot.jmp(if system { self.thunks.exit_system } else { self.thunks.exit_interpret });
             }
         }
         let lazy = self.need.hard == 0 && self.saved;
@@ -336,7 +344,8 @@ impl Lower<'_> {
             let from = std::mem::take(&mut self.slow);
             let leaves = matches!(kind, Kind::Call | Kind::Ret | Kind::JmpIndirect | Kind::CallIndirect);
             let resume = if leaves { 0 } else { self.hot.here() };
-            self.cold.push(Cold::Interpret { from, rip: i.ip(), len: i.len() as u8, lazy, resume });
+            let light = !kernel::touches_vector(i);
+            self.cold.push(Cold::Interpret { from, rip: i.ip(), len: i.len() as u8, lazy, light, resume });
         }
     }
 
@@ -407,7 +416,7 @@ impl Lower<'_> {
     }
 
     /// Turns the linear address in A into a host address, or goes the slow way.
-    fn check(&mut self, size: usize, write: bool) {
+    pub(super) fn check(&mut self, size: usize, write: bool) {
         let keep = self.before_clobber();
         let h = &mut self.hot;
         if keep {
@@ -437,7 +446,7 @@ impl Lower<'_> {
     }
 
     /// Ends a flags-in-RAX sequence: add al, 0x7f; sahf; RAX back.
-    fn restore_flags(h: &mut Asm) {
+    pub(super) fn restore_flags(h: &mut Asm) {
         h.bs(&[0x04, 0x7f, 0x9e]);
         h.load_gs(RAX, jit!(rax));
     }
@@ -542,7 +551,7 @@ impl Lower<'_> {
     }
 
     /// A = RSP - 8, checked for writing.
-    fn push_place(&mut self) {
+    pub(super) fn push_place(&mut self) {
         self.hot.lea(true, A, Some(SP), 4, 1, -8);
         self.check(8, true);
     }
@@ -674,7 +683,8 @@ impl Lower<'_> {
         }
         self.hot.mov_imm(A, i.ip());
         self.hot.mov_imm(B, i.len() as u64);
-        self.hot.call(self.thunks.call_interpreter);
+        let light = !kernel::touches_vector(i);
+        self.hot.call(if light { self.thunks.call_interpreter_light } else { self.thunks.call_interpreter });
     }
 
     /// Makes sure that the vector state is in the host's registers.
@@ -709,7 +719,7 @@ impl Lower<'_> {
         for cold in std::mem::take(&mut self.cold) {
             let here = c.here();
             match cold {
-                Cold::Interpret { from, rip, len, lazy, resume } => {
+                Cold::Interpret { from, rip, len, lazy, light, resume } => {
                     for keep in [true, false] {
                         let here = c.here();
                         let mut any = false;
@@ -724,10 +734,10 @@ impl Lower<'_> {
                     load_lazy(&mut c, lazy);
                     c.mov_imm(A, rip);
                     if resume == 0 {
-                        c.jmp(self.thunks.exit_interpret);
+                        c.jmp(self.thunks.exit_system);
                     } else {
                         c.mov_imm(B, u64::from(len));
-                        c.call(self.thunks.call_interpreter);
+                        c.call(if light { self.thunks.call_interpreter_light } else { self.thunks.call_interpreter });
                         c.jmp(resume);
                     }
                 }
@@ -799,7 +809,9 @@ mod tests {
         let model = CpuModel::by_name("x86-64-v3").unwrap();
         let features = Features::from_table(&model.table(0, 1, 1_000_000_000));
         let thunks = Thunks { bmi2: true, ..Thunks::default() };
-        let l = lower(0x1000, code, &|_| flags::ALL, &features, &thunks, 0x10_0000, 0x20_0000, 0).unwrap();
+        let l =
+            lower(0x1000, code, &|_| flags::ALL, &features, kernel::Mode::default(), &thunks, 0x10_0000, 0x20_0000, 0)
+                .unwrap();
         Decoder::with_ip(64, &l.hot.bytes, 0x10_0000, DecoderOptions::NONE).iter().map(|i| i.to_string()).collect()
     }
 

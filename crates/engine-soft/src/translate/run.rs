@@ -1,12 +1,15 @@
 //! Executing through translations: finding, making and chaining blocks, and what happens when they come back.
 
 use super::cache::{Key, Translator};
+use super::flags;
+use super::kernel::{self, Mode};
 use super::lower::lower;
-use super::{flags, thunks};
+use super::thunks::{self, Helpers, Thunks};
 use crate::interp;
 use crate::vp::{CodeSize, SoftVp, VpBlock, attention};
 use partition::Activity;
 use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::Ordering;
 use x86::paging::PAGE_SIZE;
 use x86::regs::{cr0, cr4, rflags, xcr0};
@@ -21,14 +24,79 @@ thread_local! {
 unsafe extern "C" fn interpret(vp: *mut SoftVp, len: u64) -> u64 {
     // SAFETY: translated code passes the VP that `run` stored, and `run` does not use its reference meanwhile.
     let vp = unsafe { &mut *vp };
-    let (expected, cpl) = (vp.s.rip.wrapping_add(len), vp.s.cpl);
-    interp::one(vp);
-    let go_on = vp.s.rip == expected
-        && vp.s.cpl == cpl
-        && vp.s.code_size == CodeSize::Bits64
-        && vp.s.attention.load(Ordering::Relaxed) == 0
-        && vp.activity == Activity::Running;
-    u64::from(go_on)
+    guarded(vp, |vp| {
+        let (expected, cpl) = (vp.s.rip.wrapping_add(len), vp.s.cpl);
+        interp::one(vp);
+        let go_on = vp.s.rip == expected
+            && vp.s.cpl == cpl
+            && translates(vp)
+            && vp.s.attention.load(Ordering::Relaxed) == 0
+            && vp.activity == Activity::Running;
+        u64::from(go_on)
+    })
+}
+
+/// Called from translated code where a block ends and the next one is not known: does what the code asks for and finds
+/// the next block. Gives its entry through the jump table, or 0: leave, the VP block's RIP is right.
+unsafe extern "C" fn advance(vp: *mut SoftVp, value: u64, code: u64) -> u64 {
+    // SAFETY: as in `interpret`; `execute` stored the translator and does not use its reference meanwhile.
+    let (vp, t) = unsafe { (&mut *vp, (*vp).s.jit.translator as *mut Translator) };
+    guarded(vp, |vp| {
+        // SAFETY: see above.
+        let t = unsafe { &mut *t };
+        let mut exit = None;
+        match code {
+            thunks::code::DIRECT => {
+                let Some(target) = t.exit_target(value) else { return 0 };
+                vp.s.rip = target;
+                exit = Some(value);
+            }
+            thunks::code::INTERPRET => {
+                vp.s.rip = value;
+                interp::one(vp);
+            }
+            thunks::code::TABLE => vp.s.rip = value,
+            _ => {}
+        }
+        if vp.s.attention.load(Ordering::SeqCst) != 0 || vp.activity != Activity::Running || !translates(vp) {
+            return 0;
+        }
+        vp.s.jit.jump_table = vp.jump_table();
+        if exit.is_none()
+            && let Some(host) = vp.find_jump()
+        {
+            return host;
+        }
+        let Some(block) = find(vp, t) else { return 0 };
+        // Translating may have asked this VP to drop its write permission for the page, which comes first.
+        if vp.s.attention.load(Ordering::SeqCst) != 0 {
+            return 0;
+        }
+        let host = t.table_entry(block);
+        match exit {
+            Some(exit) => t.chain(exit, block),
+            None => vp.enter_jump(vp.s.rip, host),
+        }
+        host
+    })
+}
+
+/// Is what comes next code that is translated? Privilege levels 1 and 2 are not: nobody uses them, and so blocks of
+/// supervisor code may rely on level 0.
+fn translates(vp: &SoftVp) -> bool {
+    vp.s.code_size == CodeSize::Bits64 && matches!(vp.s.cpl, 0 | 3) && kernel::assumed(vp) == vp.s.jit.assumed
+}
+
+/// A panic must not unwind through translated code: it is kept for [`run`] to go on with.
+fn guarded(vp: &mut SoftVp, f: impl FnOnce(&mut SoftVp) -> u64) -> u64 {
+    match catch_unwind(AssertUnwindSafe(|| f(vp))) {
+        Ok(value) => value,
+        Err(panic) => {
+            vp.run.panic = Some(panic);
+            vp.s.attention.fetch_or(attention::KICK, Ordering::SeqCst);
+            0
+        }
+    }
 }
 
 /// Called from translated code: may the vector state be used at this level (1 SSE and x87, 2 AVX)? Gives the level that
@@ -65,7 +133,7 @@ fn take(vp: &mut SoftVp) -> Option<Box<Translator>> {
     }
     crate::signals::install();
     let share = vp.partition.options.code_cache_bytes / vp.partition.vp_count().max(1) as usize;
-    match Translator::new(share, interpret, vector) {
+    match Translator::new(share, Helpers { interpret, vector, advance }) {
         Ok(translator) => Some(Box::new(translator)),
         Err(error) => {
             tracing::warn!(%error, "the host gives no executable memory (vm.memfd_noexec, SELinux execmem?): \
@@ -82,9 +150,6 @@ fn run_with(vp: &mut SoftVp, t: &mut Translator) {
         drop_changed(vp, t);
         return;
     }
-    // A direct exit that waits for its target's block.
-    let mut pending_exit = None;
-    let mut through_table = false;
     loop {
         let bits = vp.s.attention.load(Ordering::SeqCst);
         if bits & attention::CODE != 0 {
@@ -92,7 +157,6 @@ fn run_with(vp: &mut SoftVp, t: &mut Translator) {
             // The interpreter looks the generation of its page up again.
             vp.decoded.current.page = 1;
             drop_changed(vp, t);
-            pending_exit = None;
         }
         if bits & !attention::CODE != 0 || vp.activity != Activity::Running {
             return;
@@ -101,44 +165,32 @@ fn run_with(vp: &mut SoftVp, t: &mut Translator) {
             interp::run_until(vp, true);
             // The interpreter may have seen and cleared the note that code has changed.
             drop_changed(vp, t);
-            pending_exit = None;
-            through_table = false;
             continue;
         }
-        let Some(block) = find(vp, t) else {
+        let assumed = kernel::assumed(vp);
+        if assumed != vp.s.jit.assumed {
+            vp.s.jit.assumed = assumed;
+            t.flush();
+            vp.flush_jumps();
+        }
+        let block = if translates(vp) { find(vp, t) } else { None };
+        let Some(block) = block else {
             interp::one(vp);
-            pending_exit = None;
-            through_table = false;
             continue;
         };
         // Translating may have asked this VP to drop its write permission for the page, which comes first.
         if vp.s.attention.load(Ordering::SeqCst) != 0 {
-            pending_exit = None;
             continue;
         }
-        if let Some(exit) = pending_exit.take() {
-            t.chain(exit, block);
+        let entry = t.entry(block);
+        let (code, value) = execute(vp, t, entry);
+        if let Some(panic) = vp.run.panic.take() {
+            resume_unwind(panic);
         }
-        if through_table {
-            let (rip, host) = (vp.s.rip, t.table_entry(block));
-            vp.enter_jump(rip, host);
-        }
-        let (code, value) = execute(vp, t, t.entry(block));
-        through_table = false;
         match code {
-            thunks::code::DIRECT => {
-                if let Some(target) = t.exit_target(value) {
-                    vp.s.rip = target;
-                    pending_exit = Some(value);
-                }
-            }
             thunks::code::INTERPRET => {
                 vp.s.rip = value;
                 interp::one(vp);
-            }
-            thunks::code::TABLE => {
-                vp.s.rip = value;
-                through_table = true;
             }
             thunks::code::RESUME => vp.s.rip = value,
             _ => {}
@@ -147,26 +199,30 @@ fn run_with(vp: &mut SoftVp, t: &mut Translator) {
 }
 
 /// Enters translated code; gives the exit's code and value.
-fn execute(vp: &mut SoftVp, t: &Translator, entry: u64) -> (u64, u64) {
+fn execute(vp: &mut SoftVp, t: &mut Translator, entry: u64) -> (u64, u64) {
     vp.s.jit.jump_table = vp.jump_table();
+    let Thunks { enter, fsgsbase, .. } = t.thunks;
+    let translator: *mut Translator = t;
+    vp.s.jit.translator = translator as u64;
     let vp_pointer: *mut SoftVp = vp;
     // SAFETY: a live VP.
     let block: *mut VpBlock = unsafe {
         (*vp_pointer).s.jit.vp = vp_pointer as u64;
         &raw mut *(*vp_pointer).s
     };
-    if !t.thunks.fsgsbase {
+    if !fsgsbase {
         // SAFETY: the VP's own block, which lives as long as the VP.
         unsafe { thunks::set_gs_base(block) };
     }
     // SAFETY: `enter` was generated with this signature; it keeps the callee-saved registers. Translated code reaches
-    // host memory only through the TLB, the VP block and the jump table, and calls back only `interpret` and `vector`,
-    // with the pointer just stored; this function does not use its reference until it returns.
+    // host memory only through the TLB, the VP block and the jump table, and calls back only `interpret`, `vector` and
+    // `advance`, with the pointers just stored; this function does not use its references until it returns.
     unsafe {
-        let enter: unsafe extern "C" fn(*mut VpBlock, u64) -> u64 = std::mem::transmute(t.thunks.enter as *const ());
-        CURRENT.set(t);
+        let enter: unsafe extern "C" fn(*mut VpBlock, u64) -> u64 = std::mem::transmute(enter as *const ());
+        CURRENT.set(translator);
         let code = enter(block, entry);
         CURRENT.set(std::ptr::null());
+        (*vp_pointer).s.jit.translator = 0;
         (code, (*vp_pointer).s.jit.exit_value)
     }
 }
@@ -179,7 +235,7 @@ fn find(vp: &mut SoftVp, t: &mut Translator) -> Option<u32> {
         return None;
     }
     let offset = rip & (PAGE_SIZE - 1);
-    let key = Key { rip, gpa: page.gpa | offset };
+    let key = Key { rip, gpa: page.gpa | offset, kernel: vp.s.cpl == 0 };
     if let Some(block) = t.find(key) {
         return Some(block);
     }
@@ -202,6 +258,7 @@ fn translate(vp: &mut SoftVp, t: &mut Translator, key: Key, host: *const u8) -> 
     unsafe { std::ptr::copy_nonoverlapping(host, bytes.as_mut_ptr(), bytes.len()) };
     let offset = (key.rip & (PAGE_SIZE - 1)) as usize;
     let class = vp.code_class();
+    let mode = Mode::of(vp);
     let far = std::cell::RefCell::new(&mut vp.mmu);
     let peek = |target: u64| -> u8 {
         if target >> 12 == key.rip >> 12 {
@@ -213,7 +270,7 @@ fn translate(vp: &mut SoftVp, t: &mut Translator, key: Key, host: *const u8) -> 
         }
     };
     let (hot, cold, exit) = t.next();
-    let lowered = lower(key.rip, &bytes[offset..], &peek, &vp.features, &t.thunks, hot, cold, exit)?;
+    let lowered = lower(key.rip, &bytes[offset..], &peek, &vp.features, mode, &t.thunks, hot, cold, exit)?;
     t.insert(key, generation, lowered)
 }
 

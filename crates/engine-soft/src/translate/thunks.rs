@@ -42,8 +42,13 @@ pub struct Thunks {
     pub exit_resume: u64,
     /// A: RIP; flags in `lazy`.
     pub exit_table: u64,
+    /// A: RIP of an instruction of the kernel's that does not touch the vector state; flags in the host's register.
+    /// Executed by a call; execution goes on at what follows without leaving translated code.
+    pub exit_system: u64,
     /// Called with A: RIP, B: length. Returns if the block can go on.
     pub call_interpreter: u64,
+    /// The same for an instruction that does not touch the vector state.
+    pub call_interpreter_light: u64,
     /// Called with A: RIP, C: level. Returns with the vector state loaded.
     pub call_vector: u64,
     /// The host has BMI2.
@@ -56,6 +61,19 @@ pub struct Thunks {
 
 /// `extern "C" fn(vp: *mut SoftVp, len) -> go on?`.
 pub type InterpretHelper = unsafe extern "C" fn(*mut crate::vp::SoftVp, u64) -> u64;
+/// `extern "C" fn(vp: *mut SoftVp, value, code) -> where to go on (0: leave)`.
+pub type AdvanceHelper = unsafe extern "C" fn(*mut crate::vp::SoftVp, u64, u64) -> u64;
+
+/// What generated code calls.
+#[derive(Clone, Copy)]
+pub struct Helpers {
+    /// Executes one instruction; 1: the block can go on.
+    pub interpret: InterpretHelper,
+    /// May the vector state be used?
+    pub vector: InterpretHelper,
+    /// Finds (and makes) what is executed next, after doing what the [`code`] asks for.
+    pub advance: AdvanceHelper,
+}
 
 /// Guest registers that live in host registers: (guest, host).
 const HELD: [(u8, u8); 12] =
@@ -68,28 +86,109 @@ fn xsave() -> usize {
     offset_of!(VpBlock, xsave)
 }
 
-/// Registers and flags (which must be in the host's register) into the VP block. Destroys RAX, RCX.
+/// Registers and flags (which must be in the host's register) into the VP block. Destroys RAX, RCX and the flags. LAHF
+/// and SETO cost a third of PUSHFQ.
 fn save_state(a: &mut Asm) {
+    store_registers(a);
+    const { assert!(STATUS == 0x8d5) };
+    a.bs(&[0x9f, 0x0f, 0x90, 0xc0]); // lahf; seto al
+    a.bs(&[0x0f, 0xb6, 0xcc, 0x0f, 0xb6, 0xc0]); // movzx ecx, ah; movzx eax, al
+    a.bs(&[0xc1, 0xe0, 11]); // shl eax, 11
+    a.bs(&[0x09, 0xc8]); // or eax, ecx
+    merge_status(a);
+}
+
+/// As [`save_state`], with the flags in [`JitState::lazy`].
+fn save_state_lazy(a: &mut Asm) {
+    store_registers(a);
+    a.load_gs32(0, jit!(lazy));
+    a.alu_imm(false, 4, 0, STATUS as i32);
+    merge_status(a);
+}
+
+fn store_registers(a: &mut Asm) {
     for (guest, host) in HELD {
         a.store_gs(host, 8 * guest as usize);
     }
-    a.pushf();
-    a.b(0x58); // pop rax
-    a.alu_imm(false, 4, 0, STATUS as i32);
+}
+
+/// Status flags in RAX (and nothing else but RFLAGS bit 1) into the VP block's RFLAGS.
+fn merge_status(a: &mut Asm) {
     a.load_gs(1, rflags());
     a.alu_imm(true, 4, 1, !(STATUS as i32));
     a.bs(&[0x48, 0x09, 0xc8]); // or rax, rcx
     a.store_gs(0, rflags());
 }
 
-fn load_state(a: &mut Asm) {
-    a.load_gs(0, rflags());
-    a.alu_imm(false, 4, 0, STATUS as i32);
-    a.b(0x50); // push rax
-    a.popf();
+fn load_registers(a: &mut Asm) {
     for (guest, host) in HELD {
         a.load_gs(host, 8 * guest as usize);
     }
+}
+
+fn load_state(a: &mut Asm) {
+    a.load_gs32(0, rflags());
+    a.bs(&[0x89, 0xc1, 0xc1, 0xe9, 11]); // mov ecx, eax; shr ecx, 11
+    a.bs(&[0x83, 0xe1, 1]); // and ecx, 1
+    a.bs(&[0x88, 0xc4]); // mov ah, al
+    a.bs(&[0x80, 0xc1, 0x7f]); // add cl, 0x7f: OF
+    a.b(0x9e); // sahf
+    load_registers(a);
+}
+
+/// The flags of the VP block to where entries through the jump table expect them. Destroys RAX.
+fn flags_to_lazy(a: &mut Asm) {
+    a.load_gs32(0, rflags());
+    a.alu_imm(false, 4, 0, STATUS as i32);
+    a.store_gs(0, jit!(lazy));
+}
+
+/// Does the host have AVX?
+fn host_avx() -> bool {
+    host_components() & 4 != 0
+}
+
+/// Moves the vector registers to or from [`JitState::vectors`].
+fn move_vectors(a: &mut Asm, store: bool) {
+    for n in 0..16u8 {
+        let op = if store { 0x11 } else { 0x10 };
+        if host_avx() {
+            a.bs(&[0x65, 0xc5, if n < 8 { 0xfc } else { 0x7c }, op]); // vmovups ymm
+        } else {
+            a.b(0x65);
+            if n >= 8 {
+                a.b(0x44);
+            }
+            a.bs(&[0x0f, op]); // movups xmm
+        }
+        a.bs(&[(n & 7) << 3 | 4, 0x25]);
+        a.d((jit!(vectors) + 32 * usize::from(n)) as u32);
+    }
+}
+
+/// Keeps what Rust code may destroy of a vector state that is loaded: the registers and MXCSR. The x87 unit, which Rust
+/// code does not use, keeps the guest's state; the image in the VP block stays out of date. A tenth of [`spill`]'s cost.
+fn spill_light(a: &mut Asm) {
+    a.cmp_gs32(jit!(vector), 0);
+    let skip = a.jcc(cc::E, 0);
+    state_op(a, false, 3, jit!(guest_mxcsr)); // stmxcsr
+    move_vectors(a, true);
+    if host_avx() {
+        a.bs(&[0xc5, 0xf8, 0x77]); // vzeroupper
+    }
+    state_op(a, false, 2, jit!(host_mxcsr)); // ldmxcsr
+    let here = a.here();
+    a.patch(skip, here);
+}
+
+/// Undoes [`spill_light`].
+fn reload_light(a: &mut Asm) {
+    a.cmp_gs32(jit!(vector), 0);
+    let skip = a.jcc(cc::E, 0);
+    move_vectors(a, false);
+    state_op(a, false, 2, jit!(guest_mxcsr)); // ldmxcsr
+    let here = a.here();
+    a.patch(skip, here);
 }
 
 /// `op gs:[offset]` for the 0F AE group.
@@ -143,8 +242,15 @@ fn leave(a: &mut Asm, code: u64) {
     a.bs(&[0x41, 0x5f, 0x41, 0x5e, 0x41, 0x5d, 0x41, 0x5c, 0x5d, 0x5b, 0xc3]);
 }
 
+/// Calls a helper with the VP and the two arguments that are in RSI and RDX.
+fn call_helper(a: &mut Asm, helper: usize) {
+    a.load_gs(7, jit!(vp));
+    a.mov_imm(0, helper as u64);
+    a.bs(&[0xff, 0xd0]); // call rax
+}
+
 /// Generates the pieces for an address.
-pub fn build(base: u64, interpret: InterpretHelper, vector: InterpretHelper) -> (Vec<u8>, Thunks) {
+pub fn build(base: u64, helpers: Helpers) -> (Vec<u8>, Thunks) {
     let mut a = Asm::new(base);
     let mut t = Thunks { bmi2: std::arch::is_x86_feature_detected!("bmi2"), fsgsbase: fsgsbase(), ..Thunks::default() };
 
@@ -162,29 +268,57 @@ pub fn build(base: u64, interpret: InterpretHelper, vector: InterpretHelper) -> 
     let exit = |a: &mut Asm, code: u64, lazy: bool| {
         let at = a.here();
         if lazy {
-            a.push_gs(jit!(lazy));
-            a.popf();
+            save_state_lazy(a);
+        } else {
+            save_state(a);
         }
-        save_state(a);
         a.store_gs(A, jit!(exit_value));
         leave(a, code);
         at
     };
-    t.exit_direct = exit(&mut a, code::DIRECT, false);
     t.exit_interpret = exit(&mut a, code::INTERPRET, false);
     t.exit_interpret_lazy = exit(&mut a, code::INTERPRET, true);
     t.exit_resume = exit(&mut a, code::RESUME, false);
+
+    // Registers are in the VP block, the vector state is lightly spilled; RDX: code, RSI: value.
+    let advance = a.here();
+    a.load_gs(4, jit!(host_rsp));
+    call_helper(&mut a, helpers.advance as usize);
+    a.mov(A, 0);
+    reload_light(&mut a);
+    a.bs(&[0x4d, 0x85, 0xc9]); // test r9, r9
+    let leaves = a.jcc(cc::E, 0);
+    flags_to_lazy(&mut a);
+    load_registers(&mut a);
+    a.bs(&[0x41, 0xff, 0xe1]); // jmp r9
+    let here = a.here();
+    a.patch(leaves, here);
+    leave(&mut a, code::STATE);
+
+    let exit = |a: &mut Asm, code: u64, lazy: bool| {
+        let at = a.here();
+        if lazy {
+            save_state_lazy(a);
+        } else {
+            save_state(a);
+        }
+        spill_light(a);
+        a.mov(6, A);
+        a.mov_imm(2, code);
+        a.jmp(advance);
+        at
+    };
+    t.exit_direct = exit(&mut a, code::DIRECT, false);
     t.exit_table = exit(&mut a, code::TABLE, true);
+    t.exit_system = exit(&mut a, code::INTERPRET, false);
 
     t.call_interpreter = a.here();
     save_state(&mut a);
     a.store_gs(A, offset_of!(VpBlock, rip));
     spill(&mut a, false);
-    a.load_gs(7, jit!(vp));
     a.mov(6, B);
     a.alu_imm(true, 5, 4, 8); // sub rsp, 8
-    a.mov_imm(0, interpret as usize as u64);
-    a.bs(&[0xff, 0xd0]); // call rax
+    call_helper(&mut a, helpers.interpret as usize);
     a.alu_imm(true, 0, 4, 8);
     a.bs(&[0x85, 0xc0]); // test eax, eax
     let failed = a.jcc(cc::E, 0);
@@ -200,6 +334,24 @@ pub fn build(base: u64, interpret: InterpretHelper, vector: InterpretHelper) -> 
     a.store_gs_imm(jit!(vector), 0);
     leave(&mut a, code::STATE);
 
+    t.call_interpreter_light = a.here();
+    save_state(&mut a);
+    a.store_gs(A, offset_of!(VpBlock, rip));
+    spill_light(&mut a);
+    a.mov(6, B);
+    a.alu_imm(true, 5, 4, 8); // sub rsp, 8
+    call_helper(&mut a, helpers.interpret as usize);
+    a.alu_imm(true, 0, 4, 8);
+    a.bs(&[0x85, 0xc0]); // test eax, eax
+    let failed = a.jcc(cc::E, 0);
+    reload_light(&mut a);
+    load_state(&mut a);
+    a.b(0xc3);
+    let here = a.here();
+    a.patch(failed, here);
+    a.mov_imm(2, code::STATE);
+    a.jmp(advance);
+
     t.call_vector = a.here();
     save_state(&mut a);
     a.store_gs(A, jit!(exit_value));
@@ -207,7 +359,7 @@ pub fn build(base: u64, interpret: InterpretHelper, vector: InterpretHelper) -> 
     a.load_gs(7, jit!(vp));
     a.mov(6, C);
     a.alu_imm(true, 5, 4, 8);
-    a.mov_imm(0, vector as usize as u64);
+    a.mov_imm(0, helpers.vector as usize as u64);
     a.bs(&[0xff, 0xd0]);
     a.alu_imm(true, 0, 4, 8);
     a.bs(&[0x85, 0xc0]);

@@ -1,0 +1,307 @@
+//! System instructions in translated code: in line, or by a call after which translated code goes on.
+//!
+//! A block knows its privilege level (0 or 3; [`super::run`] translates no other) and what [`Mode`] says of the control
+//! registers; when that changes, everything is translated again. So nothing of it is tested at run time.
+//!
+//! Interrupts are polled at backward and table jumps only, so an instruction that opens the window for them (STI, POPF)
+//! goes the slow way if anything waits: the interpreter then holds the boundary rules. If nothing waits, what comes in
+//! later is as if it came in after the next poll.
+
+use super::JitState;
+use super::classify::Kind;
+use super::emit::{A, Asm, B, C, RAX, SP, cc};
+use super::lower::{Lower, gpr, host, jit};
+use crate::mmu::TlbPointers;
+use crate::vp::{SoftVp, VpBlock};
+use crate::{native, xstate};
+use iced_x86::{Code, Instruction, OpKind, Register};
+use std::mem::{offset_of, size_of};
+use x86::regs::{cr4, efer, rflags};
+use x86::segment::{Segment, sreg};
+
+/// A system instruction that is lowered in line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum System {
+    /// CLI at level 0.
+    Cli,
+    /// STI at level 0.
+    Sti,
+    /// PUSHFQ.
+    Pushf,
+    /// POPFQ at level 0.
+    Popf,
+    /// SWAPGS at level 0.
+    Swapgs,
+    /// STAC at level 0.
+    Stac,
+    /// CLAC at level 0.
+    Clac,
+    /// RDTSC where it is allowed.
+    Rdtsc,
+    /// RDTSCP where it is allowed.
+    Rdtscp,
+    /// MOV from CR0, CR2, CR3 or CR4 at level 0: offset of the register in the VP block.
+    ReadControl(u16),
+    /// RDFSBASE, RDGSBASE (64 bits) where they are allowed: the segment.
+    ReadBase(u8),
+    /// WRFSBASE, WRGSBASE (64 bits).
+    WriteBase(u8),
+}
+
+/// What translations rely on.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Mode {
+    /// Level 0 (else 3).
+    pub kernel: bool,
+    /// CR4.TSD.
+    tsd: bool,
+    /// CR4.FSGSBASE.
+    fsgsbase: bool,
+}
+
+impl Mode {
+    /// That of the VP now.
+    pub fn of(vp: &SoftVp) -> Self {
+        let cr4 = vp.s.cr4;
+        Self { kernel: vp.s.cpl == 0, tsd: cr4 & cr4::TSD != 0, fsgsbase: cr4 & cr4::FSGSBASE != 0 }
+    }
+}
+
+/// The state that all translations rely on, in one word: when it changes, they are dropped.
+pub fn assumed(vp: &SoftVp) -> u64 {
+    const CR4: u64 = cr4::TSD | cr4::FSGSBASE | cr4::SMAP | cr4::OSXSAVE | cr4::OSFXSR;
+    (vp.s.cr4 & CR4) << 8 | vp.s.efer & efer::SCE | 2
+}
+
+/// Replaces the kind of a system instruction that can be lowered in line in this mode.
+pub fn refine(i: &Instruction, kind: Kind, mode: Mode, bmi2: bool) -> Kind {
+    if !matches!(kind, Kind::Interpret | Kind::Stop) {
+        return kind;
+    }
+    use Code::*;
+    let base = |seg: usize| u8::try_from(seg).unwrap_or(0);
+    let system = match i.code() {
+        Pushfq => System::Pushf,
+        Rdtsc if bmi2 && (mode.kernel || !mode.tsd) => System::Rdtsc,
+        Rdtscp if bmi2 && (mode.kernel || !mode.tsd) => System::Rdtscp,
+        Rdfsbase_r64 if mode.fsgsbase => System::ReadBase(base(sreg::FS)),
+        Rdgsbase_r64 if mode.fsgsbase => System::ReadBase(base(sreg::GS)),
+        Wrfsbase_r64 if mode.fsgsbase => System::WriteBase(base(sreg::FS)),
+        Wrgsbase_r64 if mode.fsgsbase => System::WriteBase(base(sreg::GS)),
+        _ if !mode.kernel => return kind,
+        Cli => System::Cli,
+        Sti => System::Sti,
+        Popfq => System::Popf,
+        Swapgs => System::Swapgs,
+        Stac => System::Stac,
+        Clac => System::Clac,
+        Mov_r64_cr => match i.op1_register() {
+            Register::CR0 => System::ReadControl(offset_of!(VpBlock, cr0) as u16),
+            Register::CR2 => System::ReadControl(offset_of!(VpBlock, cr2) as u16),
+            Register::CR3 => System::ReadControl(offset_of!(VpBlock, cr3) as u16),
+            Register::CR4 => System::ReadControl(offset_of!(VpBlock, cr4) as u16),
+            _ => return kind,
+        },
+        _ => return kind,
+    };
+    Kind::System(system)
+}
+
+/// Does the instruction, executed by the interpreter, read or write the vector state's image? If not, the state may stay
+/// in the host's registers.
+pub fn touches_vector(i: &Instruction) -> bool {
+    native::unit(i).is_some() || native::handler(i).is_some() || xstate::handler(i).is_some()
+}
+
+/// Does a block end at this instruction without a need to leave translated code for it? Those that change whether the
+/// vector state may be used (CR0, CR4, XCR0) are not among them, nor those whose consequences the run loop sees to.
+pub fn advances(i: &Instruction) -> bool {
+    use Code::*;
+    match i.code() {
+        Syscall | Sysretq | Iretq | Int3 | Invlpg_m | Invpcid_r64_m128 | Retfq => true,
+        Mov_cr_r64 => i.op0_register() == Register::CR3,
+        Mov_r64_cr | Mov_r64_dr => true,
+        _ => false,
+    }
+}
+
+/// Group-1 operations on a dword of the VP block: `op dword gs:[offset], imm32`.
+fn alu_gs_imm(h: &mut Asm, ext: u8, offset: usize, imm: i32) {
+    h.bs(&[0x65, 0x81, ext << 3 | 4, 0x25]);
+    h.d(offset as u32);
+    h.d(imm as u32);
+}
+
+const OR: u8 = 1;
+const AND: u8 = 4;
+
+impl Lower<'_> {
+    /// Emits what destroys flags, with the flags kept if they are needed. `f` gives the slow-path jumps.
+    fn clobbering(&mut self, f: impl FnOnce(&mut Asm) -> Option<u64>) {
+        let keep = self.before_clobber();
+        if keep {
+            self.hot.store_gs(RAX, jit!(rax));
+            self.hot.bs(&[0x9f, 0x0f, 0x90, 0xc0]); // lahf; seto al
+        }
+        let slow = f(&mut self.hot);
+        if keep {
+            Self::restore_flags(&mut self.hot);
+        }
+        self.slow.extend(slow.map(|at| (at, keep)));
+    }
+
+    /// A jump that is taken if something wants attention, or an interrupt waits for the window.
+    fn anything_waits(h: &mut Asm) -> u64 {
+        const { assert!(offset_of!(VpBlock, window) == offset_of!(VpBlock, attention) + 4) };
+        const { assert!(offset_of!(VpBlock, attention) % 8 == 0) };
+        h.bs(&[0x65, 0x48, 0x83, 0x3c, 0x25]); // cmp qword gs:[attention], 0
+        h.d(offset_of!(VpBlock, attention) as u32);
+        h.b(0);
+        h.jcc(cc::NE, 0)
+    }
+
+    /// Writes a scratch or held register to a guest register.
+    fn set_gpr(&mut self, to: u8, from: u8) {
+        match host(to) {
+            Some(h) => self.hot.mov(h, from),
+            None => self.hot.store_gs(from, gpr(to)),
+        }
+    }
+
+    /// A system instruction in line.
+    pub(super) fn system(&mut self, i: &Instruction, system: System) {
+        let flags = offset_of!(VpBlock, rflags);
+        let base_of = |seg: u8| {
+            offset_of!(VpBlock, segments) + size_of::<Segment>() * usize::from(seg) + offset_of!(Segment, base)
+        };
+        match system {
+            System::Cli => self.clobbering(|h| {
+                alu_gs_imm(h, AND, flags, !(rflags::IF as i32));
+                None
+            }),
+            System::Sti => self.clobbering(|h| {
+                let slow = Self::anything_waits(h);
+                alu_gs_imm(h, OR, flags, rflags::IF as i32);
+                Some(slow)
+            }),
+            System::Stac | System::Clac => {
+                let on = system == System::Stac;
+                let tlb = offset_of!(VpBlock, tlb);
+                self.clobbering(|h| {
+                    if on {
+                        alu_gs_imm(h, OR, flags, rflags::AC as i32);
+                    } else {
+                        alu_gs_imm(h, AND, flags, !(rflags::AC as i32));
+                    }
+                    None
+                });
+                // With CR4.SMAP clear both are the same set.
+                let set = if on { offset_of!(TlbPointers, with_ac) } else { offset_of!(TlbPointers, system) };
+                self.hot.load_gs(A, tlb + set);
+                self.hot.store_gs(A, tlb + offset_of!(TlbPointers, data));
+            }
+            System::Swapgs => {
+                let (base, other) = (base_of(sreg::GS as u8), offset_of!(VpBlock, kernel_gs_base));
+                self.hot.load_gs(A, base);
+                self.hot.load_gs(B, other);
+                self.hot.store_gs(A, other);
+                self.hot.store_gs(B, base);
+            }
+            System::Pushf => self.pushf(),
+            System::Popf => self.popf(),
+            System::Rdtsc | System::Rdtscp => {
+                let h = &mut self.hot;
+                h.bs(&[0x0f, 0x31]); // rdtsc
+                h.rorx(2, 2, 32);
+                h.lea(true, 0, Some(0), 2, 1, 0);
+                h.load_gs(A, offset_of!(VpBlock, tsc_offset));
+                h.lea(true, 0, Some(0), A, 1, 0);
+                h.rorx(2, 0, 32);
+                h.bs(&[0x89, 0xd2, 0x89, 0xc0]); // mov edx, edx; mov eax, eax
+                if system == System::Rdtscp {
+                    h.load_gs32(1, offset_of!(VpBlock, tsc_aux));
+                }
+            }
+            System::ReadControl(offset) => {
+                self.hot.load_gs(A, usize::from(offset));
+                self.set_gpr(i.op0_register().number() as u8, A);
+            }
+            System::ReadBase(seg) => {
+                self.hot.load_gs(A, base_of(seg));
+                self.set_gpr(i.op0_register().number() as u8, A);
+            }
+            System::WriteBase(seg) => {
+                debug_assert_eq!(i.op0_kind(), OpKind::Register);
+                let n = i.op0_register().number() as u8;
+                match host(n) {
+                    Some(h) => self.hot.mov(A, h),
+                    None => self.hot.load_gs(A, gpr(n)),
+                }
+                self.clobbering(|h| {
+                    h.mov(B, A);
+                    h.bs(&[0x49, 0xc1, 0xe2, 16]); // shl r10, 16
+                    h.bs(&[0x49, 0xc1, 0xfa, 16]); // sar r10, 16
+                    h.bs(&[0x4d, 0x39, 0xca]); // cmp r10, r9
+                    Some(h.jcc(cc::NE, 0))
+                });
+                self.hot.store_gs(A, base_of(seg));
+            }
+        }
+    }
+
+    /// PUSHFQ. What follows may read the flags: they are in the host's register and stay there.
+    fn pushf(&mut self) {
+        self.push_place();
+        let h = &mut self.hot;
+        h.pushf();
+        h.bs(&[0x41, 0x5a]); // pop r10
+        let keep = self.before_clobber();
+        let h = &mut self.hot;
+        if keep {
+            h.store_gs(RAX, jit!(rax));
+            h.bs(&[0x9f, 0x0f, 0x90, 0xc0]); // lahf; seto al
+        }
+        h.alu_imm(false, 4, B, rflags::STATUS as i32);
+        h.load_gs(C, offset_of!(VpBlock, rflags));
+        h.alu_imm(true, 4, C, !((rflags::STATUS | rflags::VM | rflags::RF) as i32));
+        h.bs(&[0x4d, 0x09, 0xda]); // or r10, r11
+        h.store(B, A, 0);
+        if keep {
+            Self::restore_flags(h);
+        }
+        h.lea(true, SP, Some(SP), 4, 1, -8);
+    }
+
+    /// POPFQ at level 0: only the status flags and IF change, or it goes the slow way.
+    fn popf(&mut self) {
+        self.hot.mov(A, SP);
+        self.check(8, false);
+        // All flags are overwritten: nothing to keep.
+        let h = &mut self.hot;
+        h.load(B, A, 0);
+        h.load_gs(C, offset_of!(VpBlock, rflags));
+        h.mov(A, C);
+        h.bs(&[0x4d, 0x31, 0xd3]); // xor r11, r10
+        let other = rflags::TF | rflags::DF | rflags::NT | rflags::AC | rflags::ID | rflags::IOPL;
+        h.bs(&[0x41, 0xf7, 0xc3]); // test r11d, imm32
+        h.d(other as u32);
+        let different = h.jcc(cc::NE, 0);
+        let waits = Self::anything_waits(h);
+        h.alu_imm(true, 4, A, !(rflags::IF as i32));
+        h.mov(C, B);
+        h.alu_imm(false, 4, C, rflags::IF as i32);
+        h.bs(&[0x4d, 0x09, 0xd9]); // or r9, r11
+        h.store_gs(A, offset_of!(VpBlock, rflags));
+        h.lea(true, SP, Some(SP), 4, 1, 8);
+        h.store_gs(RAX, jit!(rax));
+        h.bs(&[0x44, 0x89, 0xd0]); // mov eax, r10d
+        h.bs(&[0x41, 0xc1, 0xea, 11]); // shr r10d, 11
+        h.bs(&[0x41, 0x83, 0xe2, 1]); // and r10d, 1
+        h.bs(&[0x88, 0xc4]); // mov ah, al
+        h.bs(&[0x41, 0x80, 0xc2, 0x7f]); // add r10b, 0x7f: OF
+        h.b(0x9e); // sahf
+        h.load_gs(RAX, jit!(rax));
+        self.slow.push((different, false));
+        self.slow.push((waits, false));
+    }
+}
