@@ -15,8 +15,9 @@ pub const DATA_LEN: usize = 0x2000;
 pub const READ_ONLY: u64 = DATA + DATA_LEN as u64;
 /// The page of code.
 pub const CODE: u64 = 0x4100_0000;
-/// Where in it the instruction is.
-pub const START: u64 = CODE + 0x400;
+/// Where in it the instruction is: not at an offset that [`crate::random::Random::value`] likes, because an indirect jump
+/// to itself never ends.
+pub const START: u64 = CODE + 0x5a6;
 /// In 16-bit code, the base of DS and ES; SS stays flat and 32-bit, CS starts at [`CODE`].
 pub const BASE16: u64 = DATA - 0x1000;
 /// Selectors of the 16-bit segments, in the local descriptor table.
