@@ -202,7 +202,14 @@ impl StreamBackend {
     /// Feeds bytes to the port, as fast as it takes them.
     pub fn feed(&self, mut data: &[u8]) {
         while !data.is_empty() {
-            let Some(port) = self.receiver() else { return };
+            let Some(port) = self.receiver() else {
+                if lock(&self.port).is_some() {
+                    return; // it has gone
+                }
+                // A client may be here before the machine is.
+                std::thread::sleep(Duration::from_millis(2));
+                continue;
+            };
             let taken = port.receive(data);
             data = &data[taken..];
             if taken == 0 {

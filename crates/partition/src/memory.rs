@@ -89,6 +89,9 @@ pub enum MemoryError {
     },
 }
 
+/// `MADV_POPULATE_WRITE` of Linux 5.14 (asm-generic/mman-common.h).
+const MADV_POPULATE_WRITE: i32 = 23;
+
 /// Flags of a page (see [`HostPage::flags`]).
 pub mod page_flags {
     /// The engine holds translations of code on this page: it must be told of writes.
@@ -520,6 +523,22 @@ impl GuestMemory {
     /// All mappings, by ascending address.
     pub fn mappings(&self) -> Vec<Mapping> {
         self.map.read().unwrap_or_else(|e| e.into_inner()).mappings.clone()
+    }
+
+    /// Takes all memory from the host now, instead of page by page when it is first touched.
+    ///
+    /// # Errors
+    /// When the host has not enough.
+    pub fn populate(&self) -> Result<(), MemoryError> {
+        for m in self.mappings() {
+            let len = m.len;
+            let at = m.block.ptr.wrapping_add(m.offset as usize);
+            // SAFETY: the range lies inside the block (checked when it was mapped); populating changes no contents.
+            if unsafe { libc::madvise(at.cast(), len as usize, MADV_POPULATE_WRITE) } != 0 {
+                return Err(MemoryError::Host { len, source: std::io::Error::last_os_error() });
+            }
+        }
+        Ok(())
     }
 
     /// Bytes of RAM.

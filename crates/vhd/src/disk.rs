@@ -48,6 +48,9 @@ pub struct OpenOptions {
     pub io: Io,
     /// The lock; without it, exclusive for writing and shared for reading.
     pub lock: Option<Lock>,
+    /// Files that somebody else has opened, by the path that the chain knows them by: they are taken instead of being
+    /// opened, by a process that may not open them itself.
+    pub files: Option<Arc<Vec<(PathBuf, std::fs::File)>>>,
 }
 
 /// What an open disk is.
@@ -97,7 +100,9 @@ impl Disk {
     pub fn open(path: &Path, options: &OpenOptions) -> Result<Self> {
         let write = options.write && options.format.or_else(|| Format::from_name(path)) != Some(Format::Iso);
         let lock = options.lock.unwrap_or(if write { Lock::Exclusive } else { Lock::Shared });
-        let chain = open_chain(path, &ChainOptions { write, direct: options.direct, format: options.format, lock })?;
+        let files = options.files.clone();
+        let chain_options = ChainOptions { write, direct: options.direct, format: options.format, lock, files };
+        let chain = open_chain(path, &chain_options)?;
         Self::from_images(chain.images, chain.paths, options.io)
     }
 

@@ -423,6 +423,7 @@ pub(crate) struct ChainOptions {
     pub direct: bool,
     pub format: Option<Format>,
     pub lock: Lock,
+    pub files: Option<Arc<Vec<(PathBuf, std::fs::File)>>>,
 }
 
 /// More layers than anybody keeps; a loop is found before.
@@ -436,7 +437,7 @@ pub(crate) struct Chain {
 
 /// Opens an image and all its parents.
 pub(crate) fn open_chain(path: &Path, o: &ChainOptions) -> Result<Chain> {
-    let storage = open_file(path, o.format, o.write, o.direct, o.lock)?;
+    let storage = open_file(path, o.format, o.write, o, o.lock)?;
     let format = match o.format {
         Some(f) => f,
         None => Format::detect(path, &*storage)?,
@@ -460,11 +461,10 @@ pub(crate) fn open_chain(path: &Path, o: &ChainOptions) -> Result<Chain> {
             ParentLink::Vhdx(_) => Format::Vhdx,
             ParentLink::Vhd(_) => Format::Vhd,
         };
-        let storage: Arc<dyn Storage> =
-            open_file(&parent, Some(format), false, o.direct, lock).map_err(|e| match e {
-                Error::Parent { .. } => e,
-                e => bad(e.to_string()),
-            })?;
+        let storage: Arc<dyn Storage> = open_file(&parent, Some(format), false, o, lock).map_err(|e| match e {
+            Error::Parent { .. } => e,
+            e => bad(e.to_string()),
+        })?;
         let image = open(storage, format, false).map_err(|e| bad(format!("{}: {e}", parent.display())))?;
         check_link(&child, &parent, &link, &chain.images.last().expect("the child").facts, &image.facts)?;
         chain.images.push(image);
@@ -473,13 +473,22 @@ pub(crate) fn open_chain(path: &Path, o: &ChainOptions) -> Result<Chain> {
     Ok(chain)
 }
 
-fn open_file(path: &Path, format: Option<Format>, write: bool, direct: bool, lock: Lock) -> Result<Arc<dyn Storage>> {
+fn open_file(
+    path: &Path,
+    format: Option<Format>,
+    write: bool,
+    o: &ChainOptions,
+    lock: Lock,
+) -> Result<Arc<dyn Storage>> {
+    if let Some((_, file)) = o.files.iter().flat_map(|files| files.iter()).find(|(known, _)| known == path) {
+        return Ok(Arc::new(OsFile::from_file(file, path, lock)?));
+    }
     // Which sector size direct I/O must allow is known only after reading: 512 always does.
     let sector = match format.or_else(|| Format::from_name(path)) {
         Some(Format::Iso) => 2048,
         _ => 512,
     };
-    Ok(Arc::new(OsFile::open(path, write, direct.then_some(sector), lock)?))
+    Ok(Arc::new(OsFile::open(path, write, o.direct.then_some(sector), lock)?))
 }
 
 fn identity(path: &Path) -> Result<(u64, u64)> {

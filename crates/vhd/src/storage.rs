@@ -87,6 +87,17 @@ impl OsFile {
         Self::finish(file, path, write, direct, lock)
     }
 
+    /// Takes a file that somebody else has opened at `path`.
+    pub fn from_file(file: &File, path: &Path, lock: Lock) -> Result<Self> {
+        use std::os::unix::fs::FileTypeExt;
+        let file = file.try_clone().map_err(Error::io(path, "take over"))?;
+        let kind = file.metadata().map_err(Error::io(path, "stat"))?.file_type();
+        if !kind.is_file() && !kind.is_block_device() {
+            return Err(Error::Parameter(format!("{} is neither a file nor a block device", path.display())));
+        }
+        Self::finish(file, path, false, None, lock)
+    }
+
     /// Creates a new file, which must not exist.
     pub fn create(path: &Path) -> Result<Self> {
         let file =

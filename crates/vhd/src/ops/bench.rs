@@ -35,7 +35,7 @@ pub struct BenchOptions {
 
 /// Runs the stream and returns how long it took, from the first request to the last completion.
 pub fn bench(path: &Path, o: &BenchOptions) -> Result<Duration> {
-    let open = OpenOptions { write: o.write, direct: o.direct, format: o.format, io: o.io, lock: None };
+    let open = OpenOptions { write: o.write, direct: o.direct, format: o.format, io: o.io, ..OpenOptions::default() };
     let disk = Disk::open(path, &open)?;
     let step = if o.step == 0 { o.size } else { o.step };
     if o.size == 0 || o.size > disk.size() || o.depth == 0 || o.depth > 4096 || o.count == 0 {

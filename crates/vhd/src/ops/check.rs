@@ -87,7 +87,8 @@ pub fn check(path: &Path, format: Option<Format>) -> Result<CheckReport> {
     };
     let mut report = check_storage(storage, format)?;
     if report.is_clean() {
-        let options = ChainOptions { write: false, direct: false, format: Some(format), lock: Lock::Shared };
+        let options =
+            ChainOptions { write: false, direct: false, format: Some(format), lock: Lock::Shared, files: None };
         if let Err(e) = image::open_chain(path, &options) {
             report.refused(&e);
         }

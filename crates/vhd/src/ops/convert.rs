@@ -108,7 +108,7 @@ pub(crate) fn rebuild(path: &Path, format: Option<Format>, change: &Rebuild, pro
         (Some(_), Some(p)) => {
             let chain = image::open_chain(
                 p,
-                &ChainOptions { write: false, direct: false, format: Some(format), lock: Lock::Shared },
+                &ChainOptions { write: false, direct: false, format: Some(format), lock: Lock::Shared, files: None },
             )?;
             let parent = &chain.images[0].facts;
             write_structures(&*new.storage, path, &o, Some((p, parent)), facts.extra.clone())?;
@@ -193,7 +193,7 @@ pub fn reparent(child: &Path, format: Option<Format>, parent: &Path, ignore_iden
         .link
         .as_ref()
         .ok_or_else(|| Error::Parameter(format!("{} is not a differencing image", child.display())))?;
-    let options = ChainOptions { write: false, direct: false, format: Some(format), lock: Lock::Shared };
+    let options = ChainOptions { write: false, direct: false, format: Some(format), lock: Lock::Shared, files: None };
     let chain = image::open_chain(parent, &options)?;
     let same = |p: &Path| p.canonicalize().ok();
     if chain.paths.iter().any(|p| same(p) == same(child)) {

@@ -66,7 +66,8 @@ pub fn create(path: &Path, o: &CreateOptions) -> Result<()> {
     }
     let parent = match (&o.parent, o.disk_type) {
         (Some(p), DiskType::Differencing) => {
-            let options = ChainOptions { write: false, direct: false, format: Some(o.format), lock: Lock::Shared };
+            let options =
+                ChainOptions { write: false, direct: false, format: Some(o.format), lock: Lock::Shared, files: None };
             let chain = image::open_chain(p, &options)?;
             Some((p.clone(), chain.images[0].facts.clone()))
         }

@@ -19,7 +19,7 @@ use crate::vhdx::header::HeaderState;
 /// already, and merging again goes on. The last step gives the parent the child's identity, so that the child's own
 /// children fit it (after `reparent`) and other children of the parent, which would now show wrong data, do not.
 pub fn merge(child: &Path, format: Option<Format>, progress: Progress<'_>) -> Result<()> {
-    let o = ChainOptions { write: true, direct: false, format, lock: Lock::Exclusive };
+    let o = ChainOptions { write: true, direct: false, format, lock: Lock::Exclusive, files: None };
     // Opening the whole chain checks every link; only the child's file stays open.
     let mut chain = match image::open_chain(child, &o) {
         Err(Error::Parent { .. }) if already_merged(child, format)? => return remove(child),
