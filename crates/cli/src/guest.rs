@@ -1,15 +1,19 @@
 //! `viridian guest`: what the host can ask of a running guest.
 
+use crate::StoreArgs;
+use crate::failure::{Failure, Outcome, print_json};
+use crate::table;
+use crate::vm::target::Target;
 use clap::{Args as ClapArgs, Subcommand};
-use machine::{StorageUnit, UnitKind};
 use std::path::PathBuf;
-use std::process::ExitCode;
-use worker::control::{self, Answer, Request};
+use worker::control::schema;
 
 /// Arguments.
 #[derive(ClapArgs)]
 pub struct Args {
-    /// The machine's name (`viridian run --name`), or the path of its control socket
+    #[command(flatten)]
+    store: StoreArgs,
+    /// The VM; or a machine of `viridian run --name`; or the path of a control socket
     name: String,
     #[command(subcommand)]
     command: Command,
@@ -18,7 +22,11 @@ pub struct Args {
 #[derive(Subcommand)]
 enum Command {
     /// Heartbeat, VMBus, and which services the guest has
-    Status,
+    Status {
+        /// Answer in JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Lists key-value pairs, or gives the guest one
     Kvp {
         /// Which pool to list: auto (the guest of itself), guest (its programs), external (what the host gave)
@@ -30,6 +38,9 @@ enum Command {
         /// Take a pair back
         #[arg(long, value_name = "KEY")]
         delete: Option<String>,
+        /// Answer in JSON
+        #[arg(long)]
+        json: bool,
     },
     /// Shuts the guest down
     Shutdown {
@@ -57,83 +68,57 @@ enum Command {
         #[arg(long)]
         create_path: bool,
     },
-    /// Adds a disk or drive
-    Attach {
-        /// Image; for a drive it may be left out
-        image: Option<PathBuf>,
-        /// Unit
-        #[arg(long, value_parser = clap::value_parser!(u8).range(0..64))]
-        lun: u8,
-        /// Controller
-        #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..4))]
-        controller: u32,
-        /// A DVD drive
-        #[arg(long)]
-        dvd: bool,
-    },
-    /// Removes a disk or drive
-    Detach {
-        /// Unit
-        #[arg(long, value_parser = clap::value_parser!(u8).range(0..64))]
-        lun: u8,
-        /// Controller
-        #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..4))]
-        controller: u32,
-    },
 }
 
 /// Carries the command out.
-pub fn run(args: Args) -> ExitCode {
-    let request = match request(args.command) {
-        Ok(request) => request,
-        Err(error) => {
-            eprintln!("error: {error}");
-            return ExitCode::from(2);
+pub fn run(args: Args) -> Outcome {
+    let client = Target::find(&args.store.open()?, &args.name)?.client()?;
+    match args.command {
+        Command::Status { json } => {
+            let guest = client.guest()?;
+            if json {
+                return print_json(&guest);
+            }
+            table::print_pairs(&describe(&guest));
+            Ok(())
         }
-    };
-    let path = control::socket_path(&args.name);
-    match control::ask(&path, &request) {
-        Ok(Answer::Done) => ExitCode::SUCCESS,
-        Ok(Answer::Pairs(pairs)) => {
-            let width = pairs.iter().map(|(key, _)| key.len()).max().unwrap_or(0);
-            pairs.iter().for_each(|(key, value)| println!("{key:width$}  {value}"));
-            ExitCode::SUCCESS
+        Command::Kvp { set: Some(pair), .. } => {
+            let (key, value) = pair.split_once('=').ok_or_else(|| Failure::usage("--set takes KEY=VALUE"))?;
+            Ok(client.kvp_set(key, value)?)
         }
-        Ok(Answer::Error(error)) => {
-            eprintln!("error: {error}");
-            ExitCode::from(1)
+        Command::Kvp { delete: Some(key), .. } => Ok(client.kvp_delete(&key)?),
+        Command::Kvp { pool, json, .. } => {
+            if !["auto", "guest", "external"].contains(&pool.as_str()) {
+                return Err(Failure::usage(format!("there is no pool '{pool}': external, guest and auto are there")));
+            }
+            let pairs = client.kvp(&pool)?;
+            if json {
+                return print_json(&pairs);
+            }
+            table::print_pairs(&pairs.into_iter().map(|p| (p.key, p.value)).collect::<Vec<_>>());
+            Ok(())
         }
-        Err(error) => {
-            eprintln!("error: {}: {error} (is the machine running with --name?)", path.display());
-            ExitCode::from(2)
+        Command::Shutdown { restart, force } => Ok(client.shutdown(schema::Shutdown { restart, force })?),
+        Command::Freeze => Ok(client.backup("freeze")?),
+        Command::Thaw => Ok(client.backup("thaw")?),
+        Command::Copy { source, target, overwrite, create_path } => {
+            let file = std::fs::File::open(&source);
+            let file = file.map_err(|e| Failure::usage(format!("{}: {e}", source.display())))?;
+            Ok(client.copy(file, &schema::Copy { target, overwrite, create_path })?)
         }
     }
 }
 
-fn absolute(path: PathBuf) -> Result<PathBuf, String> {
-    std::path::absolute(&path).map_err(|e| format!("{}: {e}", path.display()))
-}
-
-fn request(command: Command) -> Result<Request, String> {
-    Ok(match command {
-        Command::Status => Request::Status,
-        Command::Kvp { set: Some(pair), .. } => {
-            let (key, value) = pair.split_once('=').ok_or("--set takes KEY=VALUE")?;
-            Request::KvpSet { key: key.into(), value: value.into() }
-        }
-        Command::Kvp { delete: Some(key), .. } => Request::KvpDelete { key },
-        Command::Kvp { pool, .. } => Request::KvpList { pool },
-        Command::Shutdown { restart, force } => Request::Shutdown { restart, force },
-        Command::Freeze => Request::Freeze,
-        Command::Thaw => Request::Thaw,
-        Command::Copy { source, target, overwrite, create_path } => {
-            Request::Copy { source: absolute(source)?, target, overwrite, create_path }
-        }
-        Command::Attach { image, lun, controller, dvd } => {
-            let kind = if dvd { UnitKind::Dvd } else { UnitKind::Disk };
-            let image = image.map(absolute).transpose()?;
-            Request::Attach { unit: StorageUnit { controller, lun, kind, image } }
-        }
-        Command::Detach { lun, controller } => Request::Detach { controller, lun },
-    })
+fn describe(guest: &schema::Guest) -> Vec<(String, String)> {
+    let yes = |on: bool| if on { "connected" } else { "not connected" }.to_string();
+    vec![
+        ("guest-os-id".into(), format!("{:#x}", guest.os_id)),
+        ("vmbus".into(), guest.vmbus.clone().unwrap_or_else(|| "not connected".into())),
+        ("channels".into(), guest.channels.to_string()),
+        ("heartbeat".into(), guest.heartbeat.name().into()),
+        ("shutdown".into(), yes(guest.shutdown)),
+        ("kvp".into(), yes(guest.kvp)),
+        ("vss".into(), yes(guest.vss)),
+        ("file-copy".into(), yes(guest.file_copy)),
+    ]
 }

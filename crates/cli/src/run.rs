@@ -1,6 +1,5 @@
 //! `viridian run`: one machine, in this process, on this terminal.
 
-use crate::size;
 use bios::templates::Template;
 use clap::{Args as ClapArgs, ValueEnum};
 use machine::{BootSource, MachineConfig, StorageUnit, UnitKind};
@@ -8,6 +7,7 @@ use partition::{EngineOptions, TranslateMode};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Instant;
+use vmms::size;
 use worker::firmware::FirmwareOptions;
 use worker::{EngineChoice, Outcome, RunOptions, SerialTarget, Start};
 use x86::cpuid::CpuModel;
@@ -114,16 +114,16 @@ pub fn run(args: Args, started: Instant) -> ExitCode {
         (Some(kernel), _) => Start::Boot(MachineConfig {
             memory_bytes: args.memory,
             processors: args.processors,
-            cpu_model: args.cpu_model.unwrap_or_else(default_model),
+            cpu_model: args.cpu_model.unwrap_or_else(vmms::config::default_model),
             hyperv: args.hyperv.unwrap_or(if storage.is_empty() { OnOff::Off } else { OnOff::On }) == OnOff::On,
             boot: BootSource::Kernel { kernel, initrd: args.initrd, command_line: args.append },
             storage,
         }),
-        (None, Some(file)) => Start::Restore(file),
+        (None, Some(file)) => Start::Restore { file, storage: None },
         (None, None) => Start::Boot(MachineConfig {
             memory_bytes: args.memory,
             processors: args.processors,
-            cpu_model: args.cpu_model.unwrap_or_else(default_model),
+            cpu_model: args.cpu_model.unwrap_or_else(vmms::config::default_model),
             hyperv: args.hyperv.unwrap_or(OnOff::On) == OnOff::On,
             boot: BootSource::Firmware { name: "This machine".into(), pause_after_failure: false },
             storage,
@@ -150,19 +150,19 @@ pub fn run(args: Args, started: Instant) -> ExitCode {
         serial: args.serial,
         control: args.name.as_deref().map(worker::control::socket_path),
         save: args.save,
+        console: false,
+        confine: None,
+        affinity: Vec::new(),
+        reserve_memory: false,
+        observer: None,
         stats: args.stats,
         started,
     };
     match worker::run(&options) {
-        Ok(Outcome::PoweredOff | Outcome::Left | Outcome::Saved) => ExitCode::SUCCESS,
+        Ok(Outcome::PoweredOff | Outcome::Left | Outcome::Saved | Outcome::TurnedOff) => ExitCode::SUCCESS,
         Ok(Outcome::Signal(signal)) => ExitCode::from(128u8.saturating_add(signal.unsigned_abs().min(127) as u8)),
         Err(error) => fail(&error.to_string(), if error.is_setup() { 2 } else { 1 }),
     }
-}
-
-fn default_model() -> String {
-    let newest = "x86-64-v3";
-    if CpuModel::by_name(newest).is_ok() { newest } else { "x86-64-v2" }.into()
 }
 
 fn fail(message: &str, status: u8) -> ExitCode {

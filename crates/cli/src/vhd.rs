@@ -1,12 +1,12 @@
 //! `viridian vhd`: virtual hard disks as files.
 
-use crate::size;
 use clap::{Args as ClapArgs, Subcommand, ValueEnum};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use vhd::{BenchOptions, CheckReport, CreateOptions, DiskType, Error, Format, ImageInfo, Io, Severity};
+use vmms::size;
 
 /// Arguments.
 #[derive(ClapArgs)]

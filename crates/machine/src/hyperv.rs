@@ -9,7 +9,8 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
 use std::sync::{Arc, OnceLock, Weak};
-use tlfs::{CrashReport, HvConfig, HvHost, HvPartition, HvState, TimerId};
+pub use tlfs::CrashReport;
+use tlfs::{HvConfig, HvHost, HvPartition, HvState, TimerId};
 use vmbus::{VmBus, VmBusConfig, VmBusState};
 use vsp::SyntheticDevice;
 use x86::cpuid::{APIC_TIMER_HZ, CpuidTable};
@@ -39,6 +40,7 @@ struct State {
 #[derive(Default)]
 struct Host {
     power: OnceLock<Arc<dyn PowerSink>>,
+    crash: OnceLock<Box<dyn Fn(&CrashReport) + Send + Sync>>,
 }
 
 impl HvHost for Host {
@@ -49,6 +51,9 @@ impl HvHost for Host {
     }
     // `tlfs` passes only a few reports of a boot on, so that the guest cannot fill the log.
     fn crashed(&self, report: CrashReport) {
+        if let Some(listener) = self.crash.get() {
+            listener(&report);
+        }
         let text = report.message.unwrap_or_default();
         tracing::error!(vp = report.vp, parameters = ?report.parameters, "the guest has crashed: {}", text.trim_end());
     }
@@ -126,6 +131,11 @@ impl HyperV {
     /// VMBus.
     pub fn bus(&self) -> &VmBus {
         &self.bus
+    }
+
+    /// Hears of crashes that the guest reports, on a VP's thread; must not block. Only the first listener counts.
+    pub fn on_crash(&self, listener: Box<dyn Fn(&CrashReport) + Send + Sync>) {
+        let _ = self.host.crash.set(listener);
     }
 
     /// For those who talk to the guest through SynIC (VMBus).

@@ -10,7 +10,7 @@ use crate::exits::{Exits, GuestInterface};
 use crate::layout;
 use crate::save::{self, Header, SaveError};
 use crate::smbios;
-use crate::vcpu::{Stopper, Vcpus, VpStop};
+use crate::vcpu::{Stopper, Vcpus, VpStarted, VpStop};
 use chipset::debug_port::DebugSink;
 use chipset::pm::PowerManagement;
 use chipset::serial::SerialBackend;
@@ -102,6 +102,8 @@ pub struct Parts<'a> {
     pub generation2: Vec<Arc<dyn chipset::Device>>,
     /// The partition's memory, clock and timers, if the caller needed them before (a guest interface does).
     pub base: Option<Base>,
+    /// Called on each VP's thread before it executes guest code for the first time.
+    pub vp_started: Option<VpStarted>,
     /// Hears events, on VP threads; must not block.
     pub events: Arc<dyn Fn(Event) + Send + Sync>,
 }
@@ -227,7 +229,7 @@ impl Machine {
                 VpStop::Failed(error) => Event::EngineFailed(error),
             });
         });
-        let vcpus = Vcpus::new(stopper, exits.clone(), report)?;
+        let vcpus = Vcpus::new(stopper, exits.clone(), report, parts.vp_started)?;
         Ok(Self {
             tables: acpi::tables(config.processors, config.hyperv),
             config,

@@ -54,7 +54,12 @@ struct Shared {
     changed: Condvar,
     exits: Arc<Exits>,
     report: Box<dyn Fn(VpStop) + Send + Sync>,
+    /// Called on each VP's thread before it executes guest code for the first time.
+    started: Option<VpStarted>,
 }
+
+/// Hears of each VP, on its thread, before it executes guest code for the first time.
+pub type VpStarted = Arc<dyn Fn(VpIndex) + Send + Sync>;
 
 /// All VPs of a machine.
 pub struct Vcpus {
@@ -73,6 +78,7 @@ impl Vcpus {
         stopper: Arc<Stopper>,
         exits: Arc<Exits>,
         report: Box<dyn Fn(VpStop) + Send + Sync>,
+        started: Option<VpStarted>,
     ) -> Result<Self, EngineError> {
         let shared = Arc::new(Shared {
             stopper: stopper.clone(),
@@ -80,6 +86,7 @@ impl Vcpus {
             changed: Condvar::new(),
             exits,
             report,
+            started,
         });
         let mut threads = Vec::new();
         for index in 0..stopper.count {
@@ -140,9 +147,13 @@ impl Drop for Vcpus {
 }
 
 fn serve(mut vp: Box<dyn Vp>, commands: &Receiver<Command>, shared: &Shared) {
+    let mut started = shared.started.clone();
     while let Ok(command) = commands.recv() {
         match command {
             Command::Run => {
+                if let Some(started) = started.take() {
+                    started(vp.index());
+                }
                 if let Some(stop) = run(&mut *vp, shared) {
                     (shared.report)(stop);
                 }

@@ -38,6 +38,7 @@ fn make(config: MachineConfig, script: Script) -> (Machine, Receiver<Event>) {
         debug: None,
         guest_interface: None,
         generation2: Vec::new(),
+        vp_started: None,
         base: None,
         events: Arc::new(move |event| drop(sender.lock().unwrap().send(event))),
     };

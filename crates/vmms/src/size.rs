@@ -2,6 +2,9 @@
 
 /// Bytes from "512M", "1G", "1.5G" is not one of them: a whole number and K, M, G or T (powers of 1024); without a
 /// letter, MiB.
+///
+/// # Errors
+/// In words for people.
 pub fn parse(text: &str) -> Result<u64, String> {
     let (digits, shift) = match text.char_indices().next_back() {
         Some((at, 'k' | 'K')) => (&text[..at], 10),
@@ -17,12 +20,25 @@ pub fn parse(text: &str) -> Result<u64, String> {
 }
 
 /// A memory size that a machine can have.
+///
+/// # Errors
+/// In words for people.
 pub fn memory(text: &str) -> Result<u64, String> {
     let bytes = parse(text)?;
     if !machine::config::MEMORY_BYTES.contains(&bytes) || bytes % (1 << 20) != 0 {
         return Err("a machine has a whole number of MiB from 2M to 1023G".into());
     }
     Ok(bytes)
+}
+
+/// As people write it, in the largest unit that leaves a whole number.
+pub fn show(bytes: u64) -> String {
+    for (shift, letter) in [(40, 'T'), (30, 'G'), (20, 'M'), (10, 'K')] {
+        if bytes > 0 && bytes % (1 << shift) == 0 {
+            return format!("{}{letter}", bytes >> shift);
+        }
+    }
+    format!("{bytes}")
 }
 
 #[cfg(test)]
@@ -41,5 +57,8 @@ mod tests {
             assert!(memory(text).is_err(), "{text}");
         }
         assert_eq!(memory("2M"), Ok(2 << 20));
+        for text in ["1G", "1536M", "2T", "3K"] {
+            assert_eq!(show(parse(text).unwrap()), text);
+        }
     }
 }

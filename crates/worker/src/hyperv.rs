@@ -7,7 +7,8 @@ use machine::{MachineConfig, StorageUnit, UnitKind};
 use partition::Abilities;
 use scsi::{DiskConfig, ScsiDisk, ScsiDvd};
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::fs::File;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use vhd::{Disk, OpenOptions};
 use vsp::SyntheticDevice;
@@ -40,20 +41,25 @@ pub struct Devices {
     pub file_copy: Arc<FileCopy>,
 }
 
-fn open(path: &Path, write: bool) -> Result<Arc<Disk>, WorkerError> {
-    let options = OpenOptions { write, ..OpenOptions::default() };
+/// Images that somebody else has opened, by path.
+pub type Given = Vec<(PathBuf, File)>;
+
+/// Opens an image, from the files that were given if it is among them.
+pub fn open(path: &Path, write: bool, given: Given) -> Result<Arc<Disk>, WorkerError> {
+    let files = (!given.is_empty()).then(|| Arc::new(given));
+    let options = OpenOptions { write, files, ..OpenOptions::default() };
     Disk::open(path, &options).map(Arc::new).map_err(|e| WorkerError::Setup(e.to_string()))
 }
 
 /// Opens a unit's image.
-pub fn unit(config: &StorageUnit) -> Result<Unit, WorkerError> {
+pub fn unit(config: &StorageUnit, given: Given) -> Result<Unit, WorkerError> {
     match (config.kind, &config.image) {
         (UnitKind::Disk, Some(path)) => {
-            Ok(Unit::Disk(Arc::new(ScsiDisk::new(open(path, true)?, DiskConfig::default()))))
+            Ok(Unit::Disk(Arc::new(ScsiDisk::new(open(path, true, given)?, DiskConfig::default()))))
         }
         (UnitKind::Disk, None) => Err(WorkerError::Setup("a disk needs an image".into())),
         (UnitKind::Dvd, path) => {
-            let medium = path.as_ref().map(|path| open(path, false)).transpose()?;
+            let medium = path.as_ref().map(|path| open(path, false, given)).transpose()?;
             Ok(Unit::Dvd(Arc::new(ScsiDvd::new(medium))))
         }
     }
@@ -76,7 +82,7 @@ impl Devices {
             }
             let controller = storage.entry(number).or_insert_with(|| StorageController::new(number, config.processors));
             controller
-                .attach(unit_config.lun, unit(unit_config)?)
+                .attach(unit_config.lun, unit(unit_config, Given::new())?)
                 .map_err(|e| WorkerError::Setup(format!("SCSI controller {number}: {e}")))?;
         }
         let (heartbeat, shutdown) = (Heartbeat::new(), Shutdown::new());

@@ -9,18 +9,23 @@
 //! | SIGUSR1 | saves the machine to the file that was given for it, and ends with status 0 |
 //! | SIGUSR2 | presses the power button |
 //!
+//! Clients talk to it through its control socket ([`control`]). It confines itself before guest code runs ([`sandbox`]).
+//!
 //! It may use: `machine`, `chipset` (serial backends), the engines. It must never know: command lines, inventories.
 #![forbid(unsafe_code)]
 
+pub mod console;
 pub mod control;
 pub mod engines;
 pub mod firmware;
 pub mod hyperv;
+pub mod reporter;
 pub mod run;
+pub mod sandbox;
 pub mod serial;
 pub mod stats;
 pub mod terminal;
 
 pub use engines::EngineChoice;
-pub use run::{Outcome, RunOptions, Start, WorkerError, run};
+pub use run::{Note, Observer, Order, Outcome, RunOptions, Start, WorkerError, run};
 pub use serial::SerialTarget;

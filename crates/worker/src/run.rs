@@ -1,18 +1,26 @@
 //! The run loop.
 
-use crate::control::Control;
+use crate::console::Console;
+use crate::control::schema::State;
+use crate::control::{Context, Control};
 use crate::engines::{self, EngineChoice};
 use crate::firmware::{self, FirmwareOptions};
 use crate::hyperv::Devices;
+pub use crate::reporter::Reporter;
+use crate::sandbox;
 use crate::serial::{Plugged, SerialTarget};
 use crate::stats;
+use chipset::serial::SerialBackend;
+use machine::hyperv::CrashReport;
 use machine::machine::{Base, Parts};
 use machine::save::{self, Header};
-use machine::{BootSource, Event, GuestInterface, Machine, MachineConfig, MachineError, Serial};
+use machine::vcpu::VpStarted;
+use machine::{BootSource, Event, GuestInterface, Machine, MachineConfig, MachineError, Serial, StorageUnit};
 use partition::{EngineError, EngineOptions};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 use std::fs::File;
 use std::io::{BufReader, BufWriter, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
@@ -25,11 +33,71 @@ pub enum Start {
     /// It boots.
     Boot(MachineConfig),
     /// It goes on from a state file.
-    Restore(PathBuf),
+    Restore {
+        /// The file.
+        file: PathBuf,
+        /// Its disks and drives, where they are no longer those that the machine was made with.
+        storage: Option<Vec<StorageUnit>>,
+    },
+}
+
+/// Something that happened to a machine, for its event log.
+#[derive(Debug)]
+pub enum Note<'a> {
+    /// The worker has confined itself.
+    Confined(&'a crate::control::schema::Sandbox),
+    /// The guest runs.
+    Running {
+        /// It goes on from a saved state.
+        restored: bool,
+        /// Engine.
+        engine: &'a str,
+    },
+    /// It stands still.
+    Paused,
+    /// It goes on.
+    Resumed,
+    /// The host has asked the guest to shut down.
+    ShutdownRequested {
+        /// To restart, rather.
+        restart: bool,
+    },
+    /// It was reset.
+    Reset {
+        /// By the host, not by itself.
+        by_host: bool,
+    },
+    /// The guest's operating system reports that it has crashed.
+    GuestCrashed(&'a CrashReport),
+    /// A state could not be written; the machine runs on.
+    SaveFailed(&'a str),
+}
+
+/// Hears what happens to a machine. Called on any thread; must not block for long.
+pub trait Observer: Send + Sync {
+    /// It has happened.
+    fn note(&self, note: &Note<'_>);
+}
+
+/// What a client may order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Order {
+    /// Stand still.
+    Pause,
+    /// Go on.
+    Resume,
+    /// Write the state and end.
+    Save,
+    /// End at once.
+    TurnOff,
+    /// The reset button.
+    Reset,
+    /// The power button.
+    PowerButton,
 }
 
 /// What to run, and how.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub struct RunOptions {
     /// How the machine begins.
     pub start: Start,
@@ -39,12 +107,22 @@ pub struct RunOptions {
     pub engine_options: EngineOptions,
     /// The firmware of a generation 2 machine.
     pub firmware: FirmwareOptions,
-    /// COM1.
+    /// COM1, unless there is a console.
     pub serial: SerialTarget,
-    /// Control socket (with Hyper-V's interface only).
+    /// COM1 is the console of the control socket.
+    pub console: bool,
+    /// Control socket.
     pub control: Option<PathBuf>,
-    /// Where SIGUSR1 saves the machine.
+    /// Where SIGUSR1, and an order to save, write the machine.
     pub save: Option<PathBuf>,
+    /// The worker confines itself to these files, and to the system calls that it needs.
+    pub confine: Option<sandbox::Files>,
+    /// Processors of the host, one for each VP in turn; without any, the host's scheduler chooses.
+    pub affinity: Vec<usize>,
+    /// All of the guest's memory is taken from the host before it starts.
+    pub reserve_memory: bool,
+    /// Hears what happens.
+    pub observer: Option<Arc<dyn Observer>>,
     /// Print counters to standard error at the end.
     pub stats: bool,
     /// When the program started, for the statistics.
@@ -60,6 +138,8 @@ pub enum Outcome {
     Left,
     /// The machine was saved.
     Saved,
+    /// A client turned it off.
+    TurnedOff,
     /// A signal ended it.
     Signal(i32),
 }
@@ -121,33 +201,103 @@ impl WorkerError {
 }
 
 /// What the run loop waits for.
-enum Wake {
+pub(crate) enum Wake {
     Machine(Event),
     Signal(i32),
     Escape,
+    Order(Order, Sender<Result<(), String>>),
 }
 
 /// Runs a machine to its end.
+///
+/// # Errors
+/// When it cannot be made, or has ended badly.
 pub fn run(options: &RunOptions) -> Result<Outcome, WorkerError> {
     let (sender, wakes) = channel();
+    let reporter = Reporter::new(sender.clone(), options.observer.clone());
+    let control = options.control.as_deref().map(|path| {
+        Control::bind(path).map_err(|e| WorkerError::Setup(format!("control socket {}: {e}", path.display())))
+    });
+    let (control, listener) = control.transpose()?.unzip();
+    // While the process has one thread.
+    let mut confined = options.confine.as_ref().map(sandbox::confine);
     // Before anything that a signal should undo.
     catch_signals(sender.clone())?;
+    let prepared = prepare(options, &reporter, sender)?;
+    let Prepared { machine, mut plugged, console, devices, engine, restored } = prepared;
+    if let Some(confined) = &mut confined {
+        sandbox::filter(confined);
+        reporter.confined(confined);
+    }
+    let startup = options.started.elapsed();
+    let begun = Instant::now();
+    machine.resume().map_err(WorkerError::Failed)?;
+    reporter.set(State::Running);
+    if let (Some(control), Some(listener)) = (&control, listener) {
+        let context = Arc::new(Context { devices, console: console.clone(), reporter: reporter.clone() });
+        let served = control.serve(listener, context);
+        served.map_err(|source| WorkerError::Host { what: "serving the control socket", source })?;
+    }
+    reporter.note(&Note::Running { restored, engine });
+    let mut run_loop = RunLoop { machine: &machine, wakes: &wakes, options, reporter: &reporter, paused: false };
+    let result = run_loop.serve();
+    drop(control);
+    let stopped = machine.pause().map_err(WorkerError::Failed);
+    if let Some(plugged) = &plugged {
+        plugged.backend.flush(Duration::from_secs(2));
+    }
+    if let Some(console) = console {
+        console.end(Duration::from_secs(2));
+    }
+    // The terminal comes back before anything else is printed on it.
+    plugged.take();
+    if options.stats {
+        let report = stats::report(&machine, startup, begun.elapsed());
+        let _ = std::io::stderr().write_all(report.as_bytes());
+    }
+    result.and_then(|outcome| stopped.map(|()| outcome))
+}
+
+/// A machine that is ready to run.
+struct Prepared {
+    machine: Machine,
+    plugged: Option<Plugged>,
+    console: Option<Arc<Console>>,
+    devices: Option<Arc<Devices>>,
+    engine: &'static str,
+    restored: bool,
+}
+
+fn prepare(options: &RunOptions, reporter: &Arc<Reporter>, sender: Sender<Wake>) -> Result<Prepared, WorkerError> {
     let (config, restore) = match &options.start {
         Start::Boot(config) => (config.clone(), None),
-        Start::Restore(path) => {
+        Start::Restore { file: path, storage } => {
             let (header, file) = open_state(path)?;
-            (header.config.clone(), Some((path, header, file)))
+            let mut config = header.config.clone();
+            if let Some(storage) = storage {
+                config.storage.clone_from(storage);
+            }
+            (config, Some((path, header, file)))
         }
     };
     check_host_memory(config.memory_bytes)?;
     let base = Base::new(&config).map_err(WorkerError::Machine)?;
+    if options.reserve_memory {
+        base.memory.populate().map_err(|e| WorkerError::Setup(format!("reserving memory: {e}")))?;
+    }
     let cpuid = machine::processor::tables(&config.cpu_model, config.processors, base.clock.tsc_frequency_hz())
         .map_err(|e| WorkerError::Setup(format!("--cpu-model: {e}")))?;
     let phase = |what: &str| tracing::debug!("{what} after {:.1} ms", options.started.elapsed().as_secs_f64() * 1e3);
     phase("memory and processor model");
     let engine = engines::choose(options.engine).map_err(WorkerError::Engine)?;
-    let mut plugged = Plugged::new(&options.serial)
-        .map_err(|source| WorkerError::Serial { target: options.serial.to_string(), source })?;
+    let console = options.console.then(Console::new);
+    let mut plugged = match &console {
+        Some(_) => None,
+        None => Some(
+            Plugged::new(&options.serial)
+                .map_err(|source| WorkerError::Serial { target: options.serial.to_string(), source })?,
+        ),
+    };
     let devices = match config.hyperv {
         true => {
             let signature = cpuid.first().map_or(0, |t| t.get(1, 0).eax);
@@ -158,6 +308,10 @@ pub fn run(options: &RunOptions) -> Result<Outcome, WorkerError> {
         }
         false => None,
     };
+    if let Some(devices) = &devices {
+        let reporter = reporter.clone();
+        devices.interface.on_crash(Box::new(move |report| reporter.note(&Note::GuestCrashed(report))));
+    }
     let generation2 = match config.boot {
         BootSource::Firmware { .. } if !config.hyperv => {
             return Err(WorkerError::Setup("a generation 2 machine needs --hyperv on".into()));
@@ -166,19 +320,26 @@ pub fn run(options: &RunOptions) -> Result<Outcome, WorkerError> {
         _ => Vec::new(),
     };
     let events = sender.clone();
+    let com1 = match (&console, &plugged) {
+        (Some(console), _) => Some(console.clone() as Arc<dyn SerialBackend>),
+        (None, Some(plugged)) => Some(plugged.backend.clone()),
+        (None, None) => None,
+    };
     let parts = Parts {
         engine: &*engine,
         options: options.engine_options,
         cpuid,
-        serial: Serial { com1: Some(plugged.backend.clone()), com2: None },
+        serial: Serial { com1, com2: None },
         debug: None,
         generation2,
         guest_interface: devices.as_ref().map(|d| d.interface.clone() as Arc<dyn GuestInterface>),
         base: Some(base),
+        vp_started: vp_started(options),
         // A run loop that has gone away does not need the event.
         events: Arc::new(move |event| drop(events.send(Wake::Machine(event)))),
     };
     let machine = Machine::new(config, parts).map_err(WorkerError::Machine)?;
+    let restored = restore.is_some();
     match restore {
         Some((path, header, file)) => {
             machine.restore(&header, file).map_err(|source| WorkerError::State { path: path.clone(), source })?
@@ -186,92 +347,189 @@ pub fn run(options: &RunOptions) -> Result<Outcome, WorkerError> {
         None => machine.boot().map_err(WorkerError::Machine)?,
     }
     phase("guest loaded");
-    plugged
-        .start(move || drop(sender.send(Wake::Escape)))
-        .map_err(|source| WorkerError::Host { what: "preparing the terminal", source })?;
-
-    let startup = options.started.elapsed();
-    let begun = Instant::now();
-    machine.resume().map_err(WorkerError::Failed)?;
-    let control = match (&options.control, &devices) {
-        (Some(path), Some(devices)) => Some(
-            Control::start(path, devices.clone())
-                .map_err(|e| WorkerError::Setup(format!("control socket {}: {e}", path.display())))?,
-        ),
-        (Some(_), None) => return Err(WorkerError::Setup("--name needs --hyperv on".into())),
-        (None, _) => None,
-    };
-    let result = serve(&machine, &wakes, options);
-    drop(control);
-    let stopped = machine.pause().map_err(WorkerError::Failed);
-    plugged.backend.flush(Duration::from_secs(2));
-    // The terminal comes back before anything else is printed on it.
-    drop(plugged);
-    if options.stats {
-        let report = stats::report(&machine, startup, begun.elapsed());
-        let _ = std::io::stderr().write_all(report.as_bytes());
+    if let Some(plugged) = &mut plugged {
+        plugged
+            .start(move || drop(sender.send(Wake::Escape)))
+            .map_err(|source| WorkerError::Host { what: "preparing the terminal", source })?;
     }
-    result.and_then(|outcome| stopped.map(|()| outcome))
+    reporter.made(engine.name(), &machine);
+    Ok(Prepared { machine, plugged, console, devices, engine: engine.name(), restored })
 }
 
-fn serve(machine: &Machine, wakes: &Receiver<Wake>, options: &RunOptions) -> Result<Outcome, WorkerError> {
-    loop {
-        let Ok(wake) = wakes.recv() else { return Ok(Outcome::Left) };
-        match wake {
-            Wake::Machine(Event::PowerOff) => return Ok(Outcome::PoweredOff),
-            Wake::Machine(Event::Reset) => {
-                machine.pause().map_err(WorkerError::Failed)?;
-                // Other VPs may have asked for the same reset before they stopped.
-                let mut later = Vec::new();
-                while let Ok(wake) = wakes.try_recv() {
-                    if !matches!(wake, Wake::Machine(Event::Reset | Event::TripleFault(_))) {
-                        later.push(wake);
+/// What each VP's thread does before it executes guest code: it goes to its processor of the host, and gives up system
+/// calls.
+fn vp_started(options: &RunOptions) -> Option<VpStarted> {
+    let (affinity, confine) = (options.affinity.clone(), options.confine.is_some());
+    Some(Arc::new(move |vp| {
+        if !affinity.is_empty() {
+            let processor = affinity[vp as usize % affinity.len()];
+            let mut set = rustix::thread::CpuSet::new();
+            set.set(processor);
+            if let Err(error) = rustix::thread::sched_setaffinity(None, &set) {
+                tracing::warn!("virtual processor {vp} cannot be bound to the host's processor {processor}: {error}");
+            }
+        }
+        if confine && let Err(error) = sandbox::filter_vp() {
+            tracing::warn!("seccomp for virtual processor {vp}: {error}");
+        }
+    }))
+}
+
+/// Waits for what happens, and does what it asks for.
+struct RunLoop<'a> {
+    machine: &'a Machine,
+    wakes: &'a Receiver<Wake>,
+    options: &'a RunOptions,
+    reporter: &'a Reporter,
+    paused: bool,
+}
+
+impl RunLoop<'_> {
+    fn serve(&mut self) -> Result<Outcome, WorkerError> {
+        loop {
+            let Ok(wake) = self.wakes.recv() else { return Ok(Outcome::Left) };
+            match wake {
+                Wake::Machine(Event::Reset) => {
+                    if let Some(outcome) = self.reset(false)? {
+                        return Ok(outcome);
                     }
                 }
-                machine.reset().map_err(WorkerError::Failed)?;
-                machine.resume().map_err(WorkerError::Failed)?;
-                for wake in later {
-                    if let Some(outcome) = outside(machine, wake, options)? {
+                Wake::Machine(Event::TripleFault(vp)) => {
+                    self.machine.pause().map_err(WorkerError::Failed)?;
+                    let state = self.machine.describe_vp(vp).map_err(WorkerError::Failed)?;
+                    return Err(WorkerError::TripleFault { vp, state });
+                }
+                wake => {
+                    if let Some(outcome) = self.outside(wake)? {
                         return Ok(outcome);
                     }
                 }
             }
-            Wake::Machine(Event::TripleFault(vp)) => {
-                machine.pause().map_err(WorkerError::Failed)?;
-                let state = machine.describe_vp(vp).map_err(WorkerError::Failed)?;
-                return Err(WorkerError::TripleFault { vp, state });
-            }
-            Wake::Machine(Event::EngineFailed(error)) => return Err(WorkerError::Failed(error.into())),
-            wake => {
-                if let Some(outcome) = outside(machine, wake, options)? {
-                    return Ok(outcome);
-                }
-            }
         }
     }
-}
 
-/// What comes from outside of the machine; and power-off, which ends it in any case.
-fn outside(machine: &Machine, wake: Wake, options: &RunOptions) -> Result<Option<Outcome>, WorkerError> {
-    match wake {
-        Wake::Escape => Ok(Some(Outcome::Left)),
-        Wake::Signal(SIGUSR2) => {
-            machine.press_power_button();
-            Ok(None)
+    /// Resets the machine, and it runs.
+    fn reset(&mut self, by_host: bool) -> Result<Option<Outcome>, WorkerError> {
+        self.machine.pause().map_err(WorkerError::Failed)?;
+        // Other VPs may have asked for the same reset before they stopped.
+        let mut later = Vec::new();
+        while let Ok(wake) = self.wakes.try_recv() {
+            if !matches!(wake, Wake::Machine(Event::Reset | Event::TripleFault(_))) {
+                later.push(wake);
+            }
         }
-        Wake::Signal(SIGUSR1) => {
-            let Some(path) = &options.save else {
-                tracing::warn!("SIGUSR1 came, but no file to save the machine to was given (--save)");
-                return Ok(None);
-            };
-            machine.pause().map_err(WorkerError::Failed)?;
-            save_to(machine, path)?;
-            Ok(Some(Outcome::Saved))
+        self.machine.reset().map_err(WorkerError::Failed)?;
+        self.machine.resume().map_err(WorkerError::Failed)?;
+        self.paused = false;
+        self.reporter.set(State::Running);
+        self.reporter.note(&Note::Reset { by_host });
+        for wake in later {
+            if let Some(outcome) = self.outside(wake)? {
+                return Ok(Some(outcome));
+            }
         }
-        Wake::Signal(signal) => Ok(Some(Outcome::Signal(signal))),
-        Wake::Machine(Event::PowerOff) => Ok(Some(Outcome::PoweredOff)),
-        Wake::Machine(Event::EngineFailed(error)) => Err(WorkerError::Failed(error.into())),
-        Wake::Machine(_) => Ok(None),
+        Ok(None)
+    }
+
+    /// What comes from outside of the machine; and power-off, which ends it in any case.
+    fn outside(&mut self, wake: Wake) -> Result<Option<Outcome>, WorkerError> {
+        match wake {
+            Wake::Escape => Ok(Some(Outcome::Left)),
+            Wake::Signal(SIGUSR2) => {
+                self.machine.press_power_button();
+                Ok(None)
+            }
+            Wake::Signal(SIGUSR1) => {
+                let Some(path) = &self.options.save else {
+                    tracing::warn!("SIGUSR1 came, but no file to save the machine to was given (--save)");
+                    return Ok(None);
+                };
+                self.machine.pause().map_err(WorkerError::Failed)?;
+                save_to(self.machine, path)?;
+                Ok(Some(Outcome::Saved))
+            }
+            Wake::Signal(signal) => Ok(Some(Outcome::Signal(signal))),
+            Wake::Machine(Event::PowerOff) => Ok(Some(Outcome::PoweredOff)),
+            Wake::Machine(Event::EngineFailed(error)) => Err(WorkerError::Failed(error.into())),
+            Wake::Machine(_) => Ok(None),
+            Wake::Order(order, reply) => self.obey(order, &reply),
+        }
+    }
+
+    /// Carries an order out and answers.
+    fn obey(&mut self, order: Order, reply: &Sender<Result<(), String>>) -> Result<Option<Outcome>, WorkerError> {
+        // A client that has gone away needs no answer.
+        let answer = |result| drop(reply.send(result));
+        match order {
+            Order::TurnOff => {
+                answer(Ok(()));
+                Ok(Some(Outcome::TurnedOff))
+            }
+            Order::Reset => {
+                let outcome = self.reset(true);
+                answer(outcome.as_ref().map(|_| ()).map_err(ToString::to_string));
+                outcome
+            }
+            Order::PowerButton if self.paused => {
+                answer(Err("the machine is paused: resume it first".into()));
+                Ok(None)
+            }
+            Order::PowerButton => {
+                self.machine.press_power_button();
+                answer(Ok(()));
+                Ok(None)
+            }
+            Order::Pause if self.paused => {
+                answer(Err("the machine is paused already".into()));
+                Ok(None)
+            }
+            Order::Pause => {
+                self.machine.pause().map_err(WorkerError::Failed)?;
+                self.paused = true;
+                self.reporter.set(State::Paused);
+                self.reporter.note(&Note::Paused);
+                answer(Ok(()));
+                Ok(None)
+            }
+            Order::Resume if !self.paused => {
+                answer(Err("the machine is not paused".into()));
+                Ok(None)
+            }
+            Order::Resume => {
+                self.machine.resume().map_err(WorkerError::Failed)?;
+                self.paused = false;
+                self.reporter.set(State::Running);
+                self.reporter.note(&Note::Resumed);
+                answer(Ok(()));
+                Ok(None)
+            }
+            Order::Save => self.save(answer),
+        }
+    }
+
+    /// Writes the state. If that fails (a full disk), the machine is what it was before.
+    fn save(&mut self, answer: impl FnOnce(Result<(), String>)) -> Result<Option<Outcome>, WorkerError> {
+        let Some(path) = &self.options.save else {
+            answer(Err("this machine was started without a file to save it to (viridian run --save)".into()));
+            return Ok(None);
+        };
+        self.machine.pause().map_err(WorkerError::Failed)?;
+        self.reporter.set(State::Saving);
+        if let Err(error) = save_to(self.machine, path) {
+            let text = error.to_string();
+            self.reporter.note(&Note::SaveFailed(&text));
+            if self.paused {
+                self.reporter.set(State::Paused);
+            } else {
+                self.machine.resume().map_err(WorkerError::Failed)?;
+                self.reporter.set(State::Running);
+            }
+            answer(Err(format!("the machine could not be saved and goes on: {text}")));
+            return Ok(None);
+        }
+        self.reporter.set(State::Saved);
+        answer(Ok(()));
+        Ok(Some(Outcome::Saved))
     }
 }
 
@@ -282,7 +540,9 @@ fn save_to(machine: &Machine, path: &Path) -> Result<(), WorkerError> {
     let partial = PathBuf::from(partial);
     let failed = |source: MachineError| WorkerError::State { path: path.into(), source };
     let io = |source: std::io::Error| failed(MachineError::Save(source.into()));
-    let file = File::create(&partial).map_err(io)?;
+    let mut creating = File::options();
+    // It holds the guest's memory.
+    let file = creating.write(true).create(true).truncate(true).mode(0o600).open(&partial).map_err(io)?;
     let mut writer = BufWriter::with_capacity(1 << 20, file);
     let written = machine.save(&mut writer).map_err(failed);
     let result = written.and_then(|()| {

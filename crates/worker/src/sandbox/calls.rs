@@ -1,0 +1,217 @@
+//! System calls that the worker's threads may make (seccomp).
+//!
+//! Three filters lie over each other, and the strictest answer counts: an allow-list whose default is EPERM, so that a
+//! library that tries something new goes on without it; ENOSYS for `clone3`, whose flags a filter cannot see, so that the
+//! C library makes threads with `clone`; and death for calls that only an attacker makes.
+
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
+};
+use std::collections::BTreeMap;
+
+/// What every thread may do.
+const ALL: &[i64] = &[
+    // Memory.
+    libc::SYS_brk,
+    libc::SYS_mmap,
+    libc::SYS_mprotect,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_madvise,
+    libc::SYS_memfd_create,
+    libc::SYS_membarrier,
+    // Threads, time, signals.
+    libc::SYS_futex,
+    libc::SYS_set_robust_list,
+    libc::SYS_rseq,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+    libc::SYS_gettid,
+    libc::SYS_getpid,
+    libc::SYS_sched_yield,
+    libc::SYS_sched_getaffinity,
+    libc::SYS_sched_setaffinity,
+    libc::SYS_clock_gettime,
+    libc::SYS_clock_nanosleep,
+    libc::SYS_nanosleep,
+    libc::SYS_gettimeofday,
+    libc::SYS_restart_syscall,
+    libc::SYS_rt_sigaction,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_sigaltstack,
+    libc::SYS_timerfd_create,
+    libc::SYS_timerfd_settime,
+    libc::SYS_timerfd_gettime,
+    libc::SYS_getrandom,
+    libc::SYS_arch_prctl,
+    // Files that are open, and (as far as Landlock allows) its own.
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_readv,
+    libc::SYS_writev,
+    libc::SYS_pread64,
+    libc::SYS_pwrite64,
+    libc::SYS_preadv,
+    libc::SYS_pwritev,
+    libc::SYS_preadv2,
+    libc::SYS_pwritev2,
+    libc::SYS_lseek,
+    libc::SYS_fsync,
+    libc::SYS_fdatasync,
+    libc::SYS_sync_file_range,
+    libc::SYS_fallocate,
+    libc::SYS_ftruncate,
+    libc::SYS_fstat,
+    libc::SYS_newfstatat,
+    libc::SYS_statx,
+    libc::SYS_openat,
+    libc::SYS_open,
+    libc::SYS_stat,
+    libc::SYS_lstat,
+    libc::SYS_readlink,
+    libc::SYS_readlinkat,
+    libc::SYS_getdents64,
+    libc::SYS_rename,
+    libc::SYS_renameat,
+    libc::SYS_renameat2,
+    libc::SYS_unlink,
+    libc::SYS_unlinkat,
+    libc::SYS_flock,
+    libc::SYS_getcwd,
+    libc::SYS_close,
+    libc::SYS_dup,
+    libc::SYS_dup3,
+    // Waiting for events; rings that exist already (new ones are not made: io_uring knows calls that this list does not).
+    libc::SYS_eventfd2,
+    libc::SYS_epoll_create1,
+    libc::SYS_epoll_ctl,
+    libc::SYS_epoll_wait,
+    libc::SYS_epoll_pwait,
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+    libc::SYS_io_uring_enter,
+];
+
+/// What only threads that serve the host do: the control socket and the console.
+const SERVICE: &[i64] = &[
+    libc::SYS_accept4,
+    libc::SYS_recvmsg,
+    libc::SYS_sendmsg,
+    libc::SYS_recvfrom,
+    libc::SYS_sendto,
+    libc::SYS_shutdown,
+    libc::SYS_setsockopt,
+    libc::SYS_getsockname,
+    // Filters of the VPs' threads are put over the process's.
+    libc::SYS_seccomp,
+];
+
+/// Calls that have no use here but an attacker's.
+const DEADLY: &[i64] = &[
+    libc::SYS_execve,
+    libc::SYS_execveat,
+    libc::SYS_ptrace,
+    libc::SYS_process_vm_readv,
+    libc::SYS_process_vm_writev,
+    libc::SYS_mount,
+    libc::SYS_umount2,
+    libc::SYS_pivot_root,
+    libc::SYS_chroot,
+    libc::SYS_setns,
+    libc::SYS_unshare,
+    libc::SYS_bpf,
+    libc::SYS_perf_event_open,
+    libc::SYS_init_module,
+    libc::SYS_finit_module,
+    libc::SYS_kexec_load,
+    libc::SYS_kexec_file_load,
+    libc::SYS_keyctl,
+    libc::SYS_add_key,
+    libc::SYS_request_key,
+    libc::SYS_userfaultfd,
+    libc::SYS_setuid,
+    libc::SYS_setgid,
+    libc::SYS_setresuid,
+    libc::SYS_setresgid,
+    libc::SYS_reboot,
+    libc::SYS_swapon,
+    libc::SYS_iopl,
+    libc::SYS_ioperm,
+    libc::SYS_open_by_handle_at,
+];
+
+/// `ioctl`s: KVM's ('\xAE'), and those by which the runtime asks whether something is a terminal.
+const KVM_IOCTL: u64 = 0xae00;
+/// `TCGETS` and `TCGETS2`'s number (asm-generic/ioctls.h).
+const TCGETS: u64 = 0x5401;
+/// `prctl` options that are in use: names of threads, their timer slack, and no new privileges (which `seccomp` sets).
+const PRCTLS: &[i32] = &[libc::PR_SET_NAME, libc::PR_GET_NAME, libc::PR_SET_TIMERSLACK, libc::PR_SET_NO_NEW_PRIVS];
+
+fn condition(argument: u8, op: SeccompCmpOp, value: u64, wide: bool) -> Result<SeccompCondition, String> {
+    let len = if wide { SeccompCmpArgLen::Qword } else { SeccompCmpArgLen::Dword };
+    SeccompCondition::new(argument, len, op, value).map_err(|e| e.to_string())
+}
+
+fn rule(conditions: Vec<SeccompCondition>) -> Result<SeccompRule, String> {
+    SeccompRule::new(conditions).map_err(|e| e.to_string())
+}
+
+fn compile(
+    rules: BTreeMap<i64, Vec<SeccompRule>>,
+    otherwise: SeccompAction,
+    on_match: SeccompAction,
+) -> Result<BpfProgram, String> {
+    let filter = SeccompFilter::new(rules, otherwise, on_match, TargetArch::x86_64).map_err(|e| e.to_string())?;
+    BpfProgram::try_from(filter).map_err(|e| e.to_string())
+}
+
+/// The allow-list: these calls, and a few with certain arguments only.
+fn allowed(lists: &[&[i64]]) -> Result<BpfProgram, String> {
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
+        lists.iter().flat_map(|list| list.iter()).map(|call| (*call, Vec::new())).collect();
+    // Threads, not processes.
+    let thread = (libc::CLONE_THREAD | libc::CLONE_VM) as u64;
+    let clone = rule(vec![condition(0, SeccompCmpOp::MaskedEq(thread), thread, true)?])?;
+    rules.insert(libc::SYS_clone, vec![clone]);
+    // Signals to itself only: kicks of VPs.
+    let own = u64::from(std::process::id());
+    rules.insert(libc::SYS_tgkill, vec![rule(vec![condition(0, SeccompCmpOp::Eq, own, false)?])?]);
+    rules.insert(
+        libc::SYS_ioctl,
+        vec![
+            rule(vec![condition(1, SeccompCmpOp::MaskedEq(0xff00), KVM_IOCTL, false)?])?,
+            rule(vec![condition(1, SeccompCmpOp::Eq, TCGETS, false)?])?,
+        ],
+    );
+    let fcntls = [libc::F_GETFL, libc::F_SETFL, libc::F_GETFD, libc::F_SETFD, libc::F_DUPFD_CLOEXEC];
+    let with = |argument, values: &[i32]| -> Result<Vec<SeccompRule>, String> {
+        values.iter().map(|v| rule(vec![condition(argument, SeccompCmpOp::Eq, *v as u64, false)?])).collect()
+    };
+    rules.insert(libc::SYS_fcntl, with(1, &fcntls)?);
+    rules.insert(libc::SYS_prctl, with(0, PRCTLS)?);
+    compile(rules, SeccompAction::Errno(libc::EPERM as u32), SeccompAction::Allow)
+}
+
+/// Puts the filters over all threads of the process.
+pub fn restrict_process() -> Result<(), String> {
+    let deadly = DEADLY.iter().map(|call| (*call, Vec::new())).collect();
+    let no_clone3 = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
+    // The allow-list comes last: it would not let the others be set.
+    for program in [
+        compile(deadly, SeccompAction::Allow, SeccompAction::KillProcess)?,
+        compile(no_clone3, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32))?,
+        // `clone3` and what is deadly must be let through here, or this list's milder answer would not be the one: the
+        // kernel takes the strictest, and among two error numbers the newest filter's.
+        allowed(&[ALL, SERVICE, &[libc::SYS_clone3]])?,
+    ] {
+        seccompiler::apply_filter_all_threads(&program).map_err(|e| e.to_string())?;
+    }
+    Ok(())
+}
+
+/// Puts the VP's shorter list over the calling thread, and the threads that it will make (channels of VMBus).
+pub fn restrict_vp() -> Result<(), String> {
+    let program = allowed(&[ALL, &[libc::SYS_clone3]])?;
+    seccompiler::apply_filter(&program).map_err(|e| e.to_string())
+}
