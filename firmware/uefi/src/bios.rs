@@ -83,7 +83,9 @@ static PHYSICAL: Global<u64> = Global::new(0);
 
 /// Remembers where the exchange page is, while addresses are physical.
 pub fn init() {
-    let at = EXCHANGE.with(|e| e as *mut Exchange as u64);
+    // The compiler must not see that this is EXCHANGE's address: it would keep a mere flag and compute the address anew,
+    // which after SetVirtualAddressMap is a virtual one.
+    let at = core::hint::black_box(EXCHANGE.with(|e| e as *mut Exchange as u64));
     PHYSICAL.with(|p| *p = at);
 }
 
