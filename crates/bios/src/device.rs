@@ -36,6 +36,8 @@ mod selector {
     pub const EVENT_LOG_FLUSH: u32 = 0x30;
     pub const VDEV_VERSION: u32 = 0x32;
     pub const DEBUG_OUTPUT: u32 = 0x36;
+    /// Viridian's own: what the firmware shows of the frame buffer, width in the lower half, height in the upper.
+    pub const SCREEN: u32 = 0x5600_0000;
 }
 
 /// Watchdog configuration bits.
@@ -103,6 +105,9 @@ struct State {
     /// Reference time at which the watchdog runs out; 0: not armed.
     watchdog_deadline: u64,
     diagnostics: u32,
+    /// Pixels that are shown, if the firmware has chosen others than the machine's own.
+    #[serde(default)]
+    screen: Option<(u16, u16)>,
     line: Vec<u8>,
 }
 
@@ -160,6 +165,12 @@ impl BiosDevice {
         *self.generation_id.lock().unwrap_or_else(|e| e.into_inner()) = id;
         let gpa = self.lock().0.generation_gpa;
         self.write_generation_id(gpa);
+    }
+
+    /// Width and height in pixels that the firmware has set; `None`: those with which the machine started. Lines follow each
+    /// other without a gap.
+    pub fn screen(&self) -> Option<(u16, u16)> {
+        self.lock().0.screen
     }
 
     fn write_generation_id(&self, gpa: u64) {
@@ -236,6 +247,7 @@ impl BiosDevice {
             selector::PROCESS_DIAGNOSTICS | selector::EVENT_LOG_FLUSH => {
                 tracing::debug!("firmware diagnostics at {:#x}", state.diagnostics);
             }
+            selector::SCREEN => state.screen = Some((value as u16, (value >> 16) as u16)),
             selector::DEBUG_OUTPUT => tell = state.debug_bytes(value),
             _ => {}
         }

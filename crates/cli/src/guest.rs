@@ -119,6 +119,7 @@ fn describe(guest: &schema::Guest) -> Vec<(String, String)> {
         ("shutdown".into(), yes(guest.shutdown)),
         ("kvp".into(), yes(guest.kvp)),
         ("vss".into(), yes(guest.vss)),
+        ("keyboard".into(), yes(guest.keyboard)),
         ("file-copy".into(), yes(guest.file_copy)),
     ]
 }

@@ -21,6 +21,7 @@ mod failure;
 mod guest;
 mod host;
 mod run;
+mod screen;
 mod shell;
 mod table;
 mod vhd;
@@ -55,6 +56,10 @@ enum Command {
     Vm(Box<vm::Args>),
     /// Ask something of a running guest: status, data exchange, shutdown, backup, file copy.
     Guest(guest::Args),
+    /// Write what a generation 2 machine shows as a PNG.
+    Screenshot(screen::ScreenshotArgs),
+    /// Type on a machine's keyboard.
+    Type(screen::TypeArgs),
     /// Make, look at and change virtual hard disks.
     Vhd(vhd::Args),
     /// What this host offers.
@@ -99,6 +104,8 @@ fn main() -> ExitCode {
     match cli.command {
         Command::Vm(args) => failure::report(vm::run(*args)),
         Command::Guest(args) => failure::report(guest::run(args)),
+        Command::Screenshot(args) => failure::report(screen::screenshot(&args)),
+        Command::Type(args) => failure::report(screen::type_keys(args)),
         Command::Vhd(args) => vhd::run(args),
         Command::Host(args) => failure::report(host::run(&args)),
         Command::Run(args) => run::run(*args, started),

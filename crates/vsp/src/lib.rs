@@ -1,6 +1,7 @@
 //! # vsp: synthetic devices, the host's ends of VMBus channels
 //!
 //! * [`storage`]: the synthetic SCSI controller (storvsp), over the targets of `scsi`;
+//! * [`keyboard`]: the synthetic keyboard;
 //! * [`ic`]: the frame of integration services, and on it [`heartbeat`], [`shutdown`], [`timesync`], [`kvp`], [`vss`],
 //!   [`filecopy`]. Their host side is an API that blocks until the guest answers.
 //!
@@ -10,6 +11,7 @@
 pub mod filecopy;
 pub mod heartbeat;
 pub mod ic;
+pub mod keyboard;
 pub mod kvp;
 pub mod shutdown;
 pub mod storage;

@@ -4,7 +4,6 @@ use crate::run::WorkerError;
 use bios::device::{BiosConfig, BiosDevice, FirmwareEvents, SecureBootEvent};
 use bios::nvram::Nvram;
 use bios::templates::Template;
-use chipset::Device;
 use machine::machine::Base;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -30,9 +29,10 @@ impl Default for FirmwareOptions {
 /// Most lines of the firmware's log that are kept in one run: a guest must not fill the host's log.
 const MOST_LINES: u32 = 1000;
 
-/// Passes what the firmware says to the log.
+/// Passes what the firmware says to the log, and the watchdog's bite to the run loop.
 struct Log {
     lines: AtomicU32,
+    expired: Box<dyn Fn() + Send + Sync>,
 }
 
 impl FirmwareEvents for Log {
@@ -51,12 +51,17 @@ impl FirmwareEvents for Log {
         }
     }
     fn watchdog_expired(&self) {
-        tracing::warn!("the firmware's watchdog has run out");
+        tracing::warn!("the firmware's watchdog has run out: the machine is reset");
+        (self.expired)();
     }
 }
 
-/// Makes the BiosDevice.
-pub fn device(options: &FirmwareOptions, base: &Base) -> Result<Arc<dyn Device>, WorkerError> {
+/// Makes the BiosDevice. `expired` is called when the watchdog runs out (see [`BiosDevice::poll_watchdog`]).
+pub fn device(
+    options: &FirmwareOptions,
+    base: &Base,
+    expired: Box<dyn Fn() + Send + Sync>,
+) -> Result<Arc<BiosDevice>, WorkerError> {
     let setup = |e: &dyn std::fmt::Display| WorkerError::Setup(e.to_string());
     let mut nvram = match &options.variables {
         Some(path) => Nvram::open(path).map_err(|e| setup(&e))?,
@@ -75,6 +80,6 @@ pub fn device(options: &FirmwareOptions, base: &Base) -> Result<Arc<dyn Device>,
         nvram,
         secure_boot: options.secure_boot,
         generation_id,
-        events: Arc::new(Log { lines: AtomicU32::new(0) }),
+        events: Arc::new(Log { lines: AtomicU32::new(0), expired }),
     }))
 }

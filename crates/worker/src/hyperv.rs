@@ -1,6 +1,7 @@
 //! Hyper-V's interface of a running machine: its synthetic devices, from the configuration.
 
 use crate::run::WorkerError;
+use crate::screen::Screen;
 use machine::hyperv::HyperV;
 use machine::machine::Base;
 use machine::{MachineConfig, StorageUnit, UnitKind};
@@ -14,6 +15,7 @@ use vhd::{Disk, OpenOptions};
 use vsp::SyntheticDevice;
 use vsp::filecopy::FileCopy;
 use vsp::heartbeat::Heartbeat;
+use vsp::keyboard::Keyboard;
 use vsp::kvp::Kvp;
 use vsp::shutdown::Shutdown;
 use vsp::storage::{StorageController, Unit};
@@ -39,6 +41,10 @@ pub struct Devices {
     pub vss: Arc<Vss>,
     /// File copy.
     pub file_copy: Arc<FileCopy>,
+    /// Keyboard.
+    pub keyboard: Arc<Keyboard>,
+    /// What is seen, if the machine has a screen.
+    pub screen: Option<Screen>,
 }
 
 /// Images that somebody else has opened, by path.
@@ -87,14 +93,16 @@ impl Devices {
         }
         let (heartbeat, shutdown) = (Heartbeat::new(), Shutdown::new());
         let (kvp, vss, file_copy) = (Kvp::new(), Vss::new(), FileCopy::new());
+        let keyboard = Keyboard::new();
         let clock = base.clock.clone();
         let time_sync = TimeSync::new(Box::new(move || clock.reference_time()));
         let mut devices: Vec<Arc<dyn SyntheticDevice>> = Vec::new();
         devices.extend(storage.values().map(|c| c.clone() as Arc<dyn SyntheticDevice>));
         devices.extend([heartbeat.clone() as Arc<dyn SyntheticDevice>, shutdown.clone(), time_sync]);
+        devices.push(keyboard.clone());
         devices.extend([kvp.clone() as Arc<dyn SyntheticDevice>, vss.clone(), file_copy.clone()]);
         let interface = HyperV::new(base, config.processors, cpu_signature, abilities, devices)
             .map_err(|source| WorkerError::Host { what: "preparing VMBus", source })?;
-        Ok(Self { interface, storage, heartbeat, shutdown, kvp, vss, file_copy })
+        Ok(Self { interface, storage, heartbeat, shutdown, kvp, vss, file_copy, keyboard, screen: None })
     }
 }

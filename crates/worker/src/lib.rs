@@ -22,6 +22,7 @@ pub mod hyperv;
 pub mod reporter;
 pub mod run;
 pub mod sandbox;
+pub mod screen;
 pub mod serial;
 pub mod stats;
 pub mod terminal;

@@ -8,8 +8,10 @@ use crate::firmware::{self, FirmwareOptions};
 use crate::hyperv::Devices;
 pub use crate::reporter::Reporter;
 use crate::sandbox;
+use crate::screen::Screen;
 use crate::serial::{Plugged, SerialTarget};
 use crate::stats;
+use bios::device::BiosDevice;
 use chipset::serial::SerialBackend;
 use machine::hyperv::CrashReport;
 use machine::machine::{Base, Parts};
@@ -23,7 +25,7 @@ use std::io::{BufReader, BufWriter, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 use thiserror::Error;
 
@@ -224,7 +226,7 @@ pub fn run(options: &RunOptions) -> Result<Outcome, WorkerError> {
     // Before anything that a signal should undo.
     catch_signals(sender.clone())?;
     let prepared = prepare(options, &reporter, sender)?;
-    let Prepared { machine, mut plugged, console, devices, engine, restored } = prepared;
+    let Prepared { machine, mut plugged, console, devices, bios, engine, restored } = prepared;
     if let Some(confined) = &mut confined {
         sandbox::filter(confined);
         reporter.confined(confined);
@@ -239,7 +241,14 @@ pub fn run(options: &RunOptions) -> Result<Outcome, WorkerError> {
         served.map_err(|source| WorkerError::Host { what: "serving the control socket", source })?;
     }
     reporter.note(&Note::Running { restored, engine });
-    let mut run_loop = RunLoop { machine: &machine, wakes: &wakes, options, reporter: &reporter, paused: false };
+    let mut run_loop = RunLoop {
+        machine: &machine,
+        wakes: &wakes,
+        bios: bios.as_deref(),
+        options,
+        reporter: &reporter,
+        paused: false,
+    };
     let result = run_loop.serve();
     drop(control);
     let stopped = machine.pause().map_err(WorkerError::Failed);
@@ -264,6 +273,7 @@ struct Prepared {
     plugged: Option<Plugged>,
     console: Option<Arc<Console>>,
     devices: Option<Arc<Devices>>,
+    bios: Option<Arc<BiosDevice>>,
     engine: &'static str,
     restored: bool,
 }
@@ -298,27 +308,36 @@ fn prepare(options: &RunOptions, reporter: &Arc<Reporter>, sender: Sender<Wake>)
                 .map_err(|source| WorkerError::Serial { target: options.serial.to_string(), source })?,
         ),
     };
-    let devices = match config.hyperv {
+    let mut devices = match config.hyperv {
         true => {
             let signature = cpuid.first().map_or(0, |t| t.get(1, 0).eax);
-            Some(Arc::new(Devices::new(&config, &base, engine.abilities(), signature)?))
+            Some(Devices::new(&config, &base, engine.abilities(), signature)?)
         }
         false if !config.storage.is_empty() => {
             return Err(WorkerError::Setup("--disk and --dvd are on VMBus and need --hyperv on".into()));
         }
         false => None,
     };
-    if let Some(devices) = &devices {
-        let reporter = reporter.clone();
-        devices.interface.on_crash(Box::new(move |report| reporter.note(&Note::GuestCrashed(report))));
-    }
     let generation2 = match config.boot {
         BootSource::Firmware { .. } if !config.hyperv => {
             return Err(WorkerError::Setup("a generation 2 machine needs --hyperv on".into()));
         }
-        BootSource::Firmware { .. } => vec![firmware::device(&options.firmware, &base)?],
-        _ => Vec::new(),
+        BootSource::Firmware { .. } => {
+            let events = sender.clone();
+            let expired = Box::new(move || drop(events.send(Wake::Machine(Event::Reset))));
+            Some(firmware::device(&options.firmware, &base, expired)?)
+        }
+        _ => None,
     };
+    if let (Some(devices), Some(bios)) = (&mut devices, &generation2) {
+        devices.screen = Some(Screen::new(base.memory.clone(), bios.clone()));
+    }
+    let devices = devices.map(Arc::new);
+    if let Some(devices) = &devices {
+        let reporter = reporter.clone();
+        devices.interface.on_crash(Box::new(move |report| reporter.note(&Note::GuestCrashed(report))));
+    }
+    let bios = generation2.clone();
     let events = sender.clone();
     let com1 = match (&console, &plugged) {
         (Some(console), _) => Some(console.clone() as Arc<dyn SerialBackend>),
@@ -331,7 +350,7 @@ fn prepare(options: &RunOptions, reporter: &Arc<Reporter>, sender: Sender<Wake>)
         cpuid,
         serial: Serial { com1, com2: None },
         debug: None,
-        generation2,
+        generation2: generation2.map(|bios| bios as Arc<dyn chipset::Device>).into_iter().collect(),
         guest_interface: devices.as_ref().map(|d| d.interface.clone() as Arc<dyn GuestInterface>),
         base: Some(base),
         vp_started: vp_started(options),
@@ -353,7 +372,7 @@ fn prepare(options: &RunOptions, reporter: &Arc<Reporter>, sender: Sender<Wake>)
             .map_err(|source| WorkerError::Host { what: "preparing the terminal", source })?;
     }
     reporter.made(engine.name(), &machine);
-    Ok(Prepared { machine, plugged, console, devices, engine: engine.name(), restored })
+    Ok(Prepared { machine, plugged, console, devices, bios, engine: engine.name(), restored })
 }
 
 /// What each VP's thread does before it executes guest code: it goes to its processor of the host, and gives up system
@@ -379,6 +398,8 @@ fn vp_started(options: &RunOptions) -> Option<VpStarted> {
 struct RunLoop<'a> {
     machine: &'a Machine,
     wakes: &'a Receiver<Wake>,
+    /// Generation 2: whose watchdog counts seconds.
+    bios: Option<&'a BiosDevice>,
     options: &'a RunOptions,
     reporter: &'a Reporter,
     paused: bool,
@@ -387,7 +408,7 @@ struct RunLoop<'a> {
 impl RunLoop<'_> {
     fn serve(&mut self) -> Result<Outcome, WorkerError> {
         loop {
-            let Ok(wake) = self.wakes.recv() else { return Ok(Outcome::Left) };
+            let Some(wake) = self.next() else { return Ok(Outcome::Left) };
             match wake {
                 Wake::Machine(Event::Reset) => {
                     if let Some(outcome) = self.reset(false)? {
@@ -404,6 +425,19 @@ impl RunLoop<'_> {
                         return Ok(outcome);
                     }
                 }
+            }
+        }
+    }
+
+    /// What happens next; nothing if nobody is left to whom it could happen.
+    fn next(&self) -> Option<Wake> {
+        let Some(bios) = self.bios else { return self.wakes.recv().ok() };
+        loop {
+            bios.poll_watchdog();
+            match self.wakes.recv_timeout(Duration::from_secs(1)) {
+                Ok(wake) => return Some(wake),
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return None,
             }
         }
     }

@@ -235,8 +235,10 @@ fn kind(f: &File) -> &'static Global<Kind> {
     unsafe { &(*f.system).kind }
 }
 
+/// What the machine's clock says; no time at all if it does not run.
 fn now() -> FatTime {
-    FatTime::default()
+    let clock = crate::runtime::read_clock();
+    clock.map_or(FatTime::default(), |(y, mo, d, h, mi, s)| FatTime::new(y, mo, d, h, mi, s))
 }
 
 /// Joins a path to a file's own; a leading backslash starts at the root.

@@ -202,6 +202,9 @@ unsafe extern "efiapi" fn set_variable_service(
     if n.is_empty() || size != 0 && data.is_null() {
         return Status::INVALID_PARAMETER;
     }
+    if uefi_core::variables::is_firmware_variable(n, &vendor) {
+        return Status::WRITE_PROTECTED;
+    }
     // SAFETY: the caller passes `size` bytes.
     let bytes = if size == 0 { &[][..] } else { unsafe { slice::from_raw_parts(data.cast(), size) } };
     result(bios::nvram(Nvram::Set, n, &vendor, attributes, bytes, |_| ()))
@@ -254,9 +257,10 @@ fn cmos_write(register: u8, value: u8) {
 }
 
 /// Year, month, day, hour, minute, second.
-type Civil = (u16, u8, u8, u8, u8, u8);
+pub type Civil = (u16, u8, u8, u8, u8, u8);
 
-fn read_clock() -> Option<Civil> {
+/// What the real-time clock says; nothing if it does not stand still for a reading.
+pub fn read_clock() -> Option<Civil> {
     let on = arch::interrupts_off();
     let mut last = None;
     // Twice the same, with no update in progress: a reading that is not torn.

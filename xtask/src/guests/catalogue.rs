@@ -174,6 +174,8 @@ pub const CATALOGUE: &[Item] = &[
     files("grub-rescue", "bookworm", &["grub-rescue-pc"], "BIOS boot CD and floppy images"),
     files("isolinux", "bookworm", &["isolinux", "syslinux-common"], "BIOS boot loader for CDs"),
     files("memtest86", "bookworm", &["memtest86+"], "a guest without an operating system"),
+    files("efi-shell", "trixie", &["efi-shell-x64"], "the UEFI shell, unsigned"),
+    files("systemd-boot", "bookworm", &["systemd-boot-efi"], "a boot menu that lists kernels, unsigned"),
     files("ipxe", "bookworm", &["ipxe"], "network boot loaders"),
     files("netboot", "bookworm", &["debian-installer-12-netboot-amd64"], "the installer's network boot tree"),
 ];

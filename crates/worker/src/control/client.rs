@@ -3,6 +3,7 @@
 use super::http::{self, HttpError, Reader};
 use super::schema::{self, VERSION};
 use super::server::short_address;
+use base64::Engine as _;
 use machine::StorageUnit;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -141,6 +142,23 @@ impl Client {
     /// [`ClientError`]
     pub fn guest(&self) -> Result<schema::Guest, ClientError> {
         self.get("guest")
+    }
+
+    /// What the guest shows, as a PNG.
+    ///
+    /// # Errors
+    /// When the machine has no screen.
+    pub fn screenshot(&self) -> Result<Vec<u8>, ClientError> {
+        let answer: schema::Screenshot = self.get("screen")?;
+        base64::engine::general_purpose::STANDARD.decode(answer.png).map_err(|e| ClientError::Nonsense(e.to_string()))
+    }
+
+    /// Types on the guest's keyboard.
+    ///
+    /// # Errors
+    /// When a key does not exist, or the guest has no driver for the keyboard.
+    pub fn type_keys(&self, keys: &schema::Keys) -> Result<(), ClientError> {
+        self.post("keyboard", keys, &[], self.soon)
     }
 
     /// The pairs of a pool: `external`, `guest` or `auto`.

@@ -95,6 +95,9 @@ pub struct Guest {
     pub channels: u64,
     /// Heartbeat.
     pub heartbeat: Heartbeat,
+    /// Has the guest a driver for the synthetic keyboard?
+    #[serde(default)]
+    pub keyboard: bool,
     /// Is the shutdown service connected?
     pub shutdown: bool,
     /// Data exchange?
@@ -103,6 +106,25 @@ pub struct Guest {
     pub vss: bool,
     /// File copy?
     pub file_copy: bool,
+}
+
+/// `GET /v1/screen`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Screenshot {
+    /// What the guest shows: a PNG in Base64.
+    pub png: String,
+}
+
+/// `POST /v1/keyboard`: types the text, then presses the keys.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Keys {
+    /// Text for a US keyboard; a line feed is the Enter key.
+    #[serde(default)]
+    pub text: String,
+    /// Keys and combinations by name, such as `f2` and `ctrl-alt-delete`.
+    #[serde(default)]
+    pub keys: Vec<String>,
 }
 
 /// State of the heartbeat.

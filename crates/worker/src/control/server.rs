@@ -6,6 +6,8 @@ use crate::console::Console;
 use crate::hyperv::{self, Devices};
 use crate::reporter::Reporter;
 use crate::run::Order;
+use crate::screen;
+use base64::Engine as _;
 use machine::UnitKind;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -213,6 +215,19 @@ fn route(mut request: Request, context: &Context) -> Result<Vec<u8>, Refusal> {
         ("POST", "machine/turn-off") => order(Order::TurnOff),
         ("POST", "machine/reset") => order(Order::Reset),
         ("POST", "machine/power-button") => order(Order::PowerButton),
+        ("GET", "screen") => {
+            let screen = context.devices.as_ref().and_then(|d| d.screen.as_ref());
+            let screen = screen.ok_or_else(|| conflict("this machine has no screen: only generation 2 has one"))?;
+            let png = screen.png().ok_or_else(|| conflict("the guest's screen cannot be read"))?;
+            json(&schema::Screenshot { png: base64::engine::general_purpose::STANDARD.encode(png) })
+        }
+        ("POST", "keyboard") => {
+            let keys: schema::Keys = body(&request)?;
+            let strokes = screen::strokes(&keys.text, &keys.keys).map_err(|e| Refusal::new(400, e.to_string()))?;
+            let devices = context.devices.as_ref();
+            let devices = devices.ok_or_else(|| conflict("this machine has no Hyper-V interface (--hyperv on)"))?;
+            done(devices.keyboard.send(&strokes))
+        }
         (method, path) if path.starts_with("guest") || path.starts_with("storage") => {
             let devices = context.devices.as_ref();
             let devices = devices.ok_or_else(|| conflict("this machine has no Hyper-V interface (--hyperv on)"))?;
@@ -224,7 +239,7 @@ fn route(mut request: Request, context: &Context) -> Result<Vec<u8>, Refusal> {
                 }
             }
         }
-        (method, path) => Err(unknown(method, path, &["machine", "console"])),
+        (method, path) => Err(unknown(method, path, &["machine", "console", "screen", "keyboard"])),
     }
 }
 
@@ -313,6 +328,7 @@ fn describe_guest(devices: &Devices) -> schema::Guest {
             Status::Ok => schema::Heartbeat::Ok,
             Status::LostCommunication => schema::Heartbeat::LostCommunication,
         },
+        keyboard: devices.keyboard.is_connected(),
         shutdown: devices.shutdown.is_connected(),
         kvp: devices.kvp.is_connected(),
         vss: devices.vss.is_connected(),

@@ -33,6 +33,17 @@ pub struct FatTime {
     pub time: u16,
 }
 
+impl FatTime {
+    /// Packs a date and time; years that FAT cannot say become the nearest that it can.
+    pub fn new(year: u16, month: u8, day: u8, hour: u8, minute: u8, second: u8) -> Self {
+        let year = year.clamp(1980, 2107) - 1980;
+        Self {
+            date: year << 9 | u16::from(month & 15) << 5 | u16::from(day & 31),
+            time: u16::from(hour & 31) << 11 | u16::from(minute & 63) << 5 | u16::from(second.min(59) / 2),
+        }
+    }
+}
+
 /// Which directory: the root, or the one that starts at a cluster.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Directory {

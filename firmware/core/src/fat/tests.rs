@@ -151,3 +151,10 @@ proptest::proptest! {
         }
     }
 }
+
+#[test]
+fn times_are_packed_as_fat_has_them() {
+    let t = FatTime::new(2026, 11, 27, 16, 45, 59);
+    assert_eq!((t.date, t.time), (46 << 9 | 11 << 5 | 27, 16 << 11 | 45 << 5 | 29));
+    assert_eq!(FatTime::new(1970, 1, 1, 0, 0, 0).date, 1 << 5 | 1);
+}

@@ -114,19 +114,19 @@ pub struct StorageInfo {
 }
 
 /// Global variables that only the firmware writes (UEFI 2.10, section 3.3).
-const READ_ONLY_GLOBALS: [&str; 11] = [
-    "SetupMode",
-    "SecureBoot",
-    "AuditMode",
-    "DeployedMode",
-    "SignatureSupport",
-    "VendorKeys",
-    "BootCurrent",
-    "BootOptionSupport",
-    "OsIndicationsSupported",
-    "PlatformLangCodes",
-    "LangCodes",
-];
+const READ_ONLY_GLOBALS: [&str; 6] =
+    ["SetupMode", "SecureBoot", "AuditMode", "DeployedMode", "SignatureSupport", "VendorKeys"];
+
+/// Of the others these, which the part of the firmware in the guest makes at every start: no rule hangs on them, so the
+/// host takes them as long as boot services are there. Callers of the firmware's services are refused by
+/// [`is_firmware_variable`].
+const FIRMWARE_GLOBALS: [&str; 5] =
+    ["BootCurrent", "BootOptionSupport", "OsIndicationsSupported", "PlatformLangCodes", "LangCodes"];
+
+/// Is it a variable that only the firmware itself writes? `name` has no terminator.
+pub fn is_firmware_variable(name: &[u16], vendor: &Guid) -> bool {
+    *vendor == GLOBAL_VARIABLE && READ_ONLY_GLOBALS.iter().chain(&FIRMWARE_GLOBALS).any(|n| is(name, n))
+}
 
 fn is(name: &[u16], text: &str) -> bool {
     name.iter().copied().eq(text.encode_utf16())
@@ -222,6 +222,9 @@ impl VariableStore {
             return Err(InvalidParameter);
         }
         if vendor == GLOBAL_VARIABLE && READ_ONLY_GLOBALS.iter().any(|n| is(name, n)) {
+            return Err(WriteProtected);
+        }
+        if (self.runtime || attributes != BOOTSERVICE_ACCESS | RUNTIME_ACCESS) && is_firmware_variable(name, &vendor) {
             return Err(WriteProtected);
         }
         let key = (vendor, name.to_vec());

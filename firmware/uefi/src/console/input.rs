@@ -97,6 +97,11 @@ pub fn init() {
     tables::seal();
 }
 
+/// May more keys be pushed? What comes while nobody reads waits in the keyboard's channel.
+pub fn has_room() -> bool {
+    STATE.with(|s| s.keys.len() < QUEUE)
+}
+
 /// A key has been pressed.
 pub fn push(key: Key) {
     let calls: Vec<stix::KeyNotifyFunction> = STATE.with(|s| {

@@ -2,7 +2,7 @@
 
 use super::channel::Channel;
 use crate::cell::Global;
-use crate::console::input::{Key, push, scan, shift};
+use crate::console::input::{Key, has_room, push, scan, shift};
 use uefi_core::bytes::{u16_at, u32_at};
 use vmbus_protocol::message::Offer;
 
@@ -46,7 +46,9 @@ pub fn stop() {
 
 /// Takes what the keyboard has sent.
 pub fn poll() {
-    while let Some(p) = STATE.with(|s| s.channel.as_ref().and_then(Channel::receive)) {
+    while has_room()
+        && let Some(p) = STATE.with(|s| s.channel.as_ref().and_then(Channel::receive))
+    {
         match u32_at(&p.payload, 0) {
             Some(kind::PROTOCOL_RESPONSE) if u32_at(&p.payload, 4).unwrap_or(0) & 1 == 0 => {
                 crate::log!("keyboard: the host refuses the protocol");
