@@ -4,6 +4,7 @@ use crate::apic::{ApicBus, Lapic, Offered, event};
 use crate::code::CodeGenerations;
 use crate::features::Features;
 use crate::timers::Timers;
+use crate::translate::verify::Turns;
 use crate::vp::{SoftVp, attention};
 use crate::wake::{Waker, futex_wait, futex_wake};
 use partition::memory::page_flags;
@@ -121,6 +122,8 @@ pub struct SoftPartition {
     pub(crate) changed_code: Mutex<(u64, Vec<u64>)>,
     /// Held around a locked read-modify-write that cannot be one host instruction.
     pub bus_lock: Mutex<()>,
+    /// With [`partition::TranslateMode::Verify`] one VP executes at a time.
+    pub(crate) turns: Turns,
     /// Local APICs.
     pub apics: ApicBus,
     /// The timer thread.
@@ -192,9 +195,6 @@ impl SoftPartition {
             let reason = format!("this host's processor lacks {}, which the processor model has", missing.join(", "));
             return Err(EngineError::Unavailable { engine: "soft", reason });
         }
-        if config.options.translate == partition::TranslateMode::Verify {
-            tracing::warn!("verify is not built yet: guest code is translated without being compared");
-        }
         let wakers: Vec<_> = (0..count).map(|_| Arc::new(Waker::new())).collect();
         let timers = Arc::new(Timers::new(config.clock.clone(), &wakers));
         let mut lapics = Vec::new();
@@ -232,6 +232,7 @@ impl SoftPartition {
             code_generations: CodeGenerations::new(),
             changed_code: Mutex::new((0, Vec::new())),
             bus_lock: Mutex::new(()),
+            turns: Turns::default(),
             apics: ApicBus::new(lapics.into_boxed_slice()),
             timers,
             vps: vps.into_boxed_slice(),

@@ -51,6 +51,9 @@ impl Vp for SoftVp {
         self.exits = None;
         drop(attached);
         self.publish();
+        if let Some(what) = self.verify.difference.take() {
+            return Err(EngineError::Internal { vp: self.index, what });
+        }
         result.map_err(|panic| {
             let text = panic
                 .downcast_ref::<String>()
@@ -75,6 +78,9 @@ impl SoftVp {
     fn run_loop(&mut self) -> RunExit {
         self.enter();
         loop {
+            if self.verify.difference.is_some() {
+                return RunExit::Kicked;
+            }
             let bits = self.s.attention.load(Ordering::SeqCst);
             let look = bits & !(attention::BOUNDARY | attention::CODE) != 0 || self.s.window != 0;
             if look && let Some(exit) = self.look_up() {
@@ -85,7 +91,8 @@ impl SoftVp {
                     self.deliver_loaded();
                     match self.partition.options.translate {
                         TranslateMode::Off => interp::run(self),
-                        TranslateMode::On | TranslateMode::Verify => crate::translate::run::run(self),
+                        TranslateMode::On => crate::translate::run::run(self),
+                        TranslateMode::Verify => crate::translate::verify::run(self),
                     }
                 }
                 Activity::Halted if self.s.pending_debug != 0 => self.set_activity(Activity::Running),

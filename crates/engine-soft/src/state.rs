@@ -42,6 +42,7 @@ impl SoftVp {
             activity: Activity::Running,
             pending_exception: None,
             pending_interrupt: None,
+            verify: crate::translate::verify::Verify::default(),
             run: RunState::default(),
             partition,
         };

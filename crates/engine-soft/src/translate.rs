@@ -11,6 +11,7 @@ pub mod lower;
 pub mod raw;
 pub mod run;
 pub mod thunks;
+pub mod verify;
 
 pub use cache::Translator;
 
@@ -43,6 +44,10 @@ pub struct JitState {
     pub translator: u64,
     /// What translations rely on ([`kernel::assumed`]).
     pub assumed: u64,
+    /// Not zero: each block is executed alone, and faults are not delivered ([`verify`]).
+    pub verify: u64,
+    /// Not zero: additions are translated as subtractions, for the test that [`verify`] sees it.
+    pub sabotage: u64,
 }
 
 impl Default for JitState {
@@ -61,6 +66,8 @@ impl Default for JitState {
             vectors: [[0; 4]; 16],
             translator: 0,
             assumed: 0,
+            verify: 0,
+            sabotage: 0,
         }
     }
 }

@@ -260,6 +260,21 @@ pub fn one(vp: &mut SoftVp) {
     }
 }
 
+/// As [`one`], but leaves its exception to the caller; RIP is on the instruction then.
+pub fn quiet(vp: &mut SoftVp) -> Exec {
+    let op = match lookup(vp, 1)? {
+        Next::Block(number) => vp.decoded.block(number).ops,
+        Next::Single(op) => op,
+    };
+    // SAFETY: the instruction lives in the cache, which is only cleared by `lookup`.
+    let op = unsafe { &*op };
+    vp.s.next_rip = next_rip(vp, op.len);
+    vp.s.instructions += 1;
+    (op.run)(vp, op)?;
+    vp.s.rip = vp.s.next_rip;
+    Ok(())
+}
+
 /// Delivers the debug trap of the previous instruction, if there is one and no MOV SS holds it back.
 fn debug_trap(vp: &mut SoftVp) -> bool {
     let due = vp.s.pending_debug != 0 && !vp.s.mov_ss_shadow;

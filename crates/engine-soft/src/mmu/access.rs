@@ -5,6 +5,8 @@ use super::tlb::{Fill, TlbEntry, slot_of};
 use super::walk::Intent;
 use super::{AC0, Class, RmwTarget, crosses};
 use crate::vp::{Exec, SoftVp};
+use partition::memory::page_flags;
+use std::sync::atomic::Ordering;
 use x86::paging::{PAGE_MASK, PAGE_SIZE};
 use x86::regs::efer;
 
@@ -269,12 +271,27 @@ impl SoftVp {
     fn target_write(&mut self, target: Target, data: &[u8]) {
         match target.page {
             Some(page) if page.writable => {
+                if !self.dry_write(&page, target.gpa, data.len()) {
+                    return;
+                }
                 // SAFETY: as in `target_read`.
                 unsafe { copy_to_guest(page.host.wrapping_add((target.gpa & PAGE_MASK) as usize), data) };
                 self.ram_written(&page, target.gpa, data.len());
             }
             _ => self.device_write(target.gpa, data),
         }
+    }
+
+    /// Before a write to RAM: may it be made? Not if it would have to be taken back and cannot be.
+    fn dry_write(&mut self, page: &PhysPage, gpa: u64, len: usize) -> bool {
+        let Some(log) = &mut self.mmu.dry else { return true };
+        if page.flags().load(Ordering::SeqCst) & page_flags::CODE != 0 {
+            log.stopped = true;
+            return false;
+        }
+        // SAFETY: the page is mapped, and the write ends inside it.
+        unsafe { log.keep(page.host.wrapping_add((gpa & PAGE_MASK) as usize), len) };
+        true
     }
 
     /// How to read, modify and write `size` bytes. The write permission is checked here.
@@ -294,7 +311,13 @@ impl SoftVp {
     fn rmw_target_slow(&mut self, la: u64, size: usize) -> Exec<RmwTarget> {
         let ((target, _), rest) = self.translate_range(la, size, Intent::Write, None)?;
         Ok(match self.plain(la, target, true) {
-            Some(host) if rest.is_none() => RmwTarget::Host(host),
+            Some(host) if rest.is_none() => {
+                if let Some(log) = &mut self.mmu.dry {
+                    // SAFETY: the operand lies in one page of guest memory.
+                    unsafe { log.keep(host, size) };
+                }
+                RmwTarget::Host(host)
+            }
             _ => RmwTarget::Slow,
         })
     }
@@ -316,7 +339,7 @@ impl SoftVp {
         if la.wrapping_sub(tag) < PAGE_SIZE {
             return Ok(Some((la.wrapping_add(addend) as *mut u8, len)));
         }
-        if self.alignment_checked() {
+        if self.alignment_checked() || self.mmu.dry.is_some() {
             // Element by element, so that each is checked.
             return Ok(None);
         }

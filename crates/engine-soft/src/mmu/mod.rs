@@ -106,6 +106,8 @@ pub struct Mmu {
     watched: Vec<u64>,
     /// Page walks made.
     pub walks: u64,
+    /// Accesses are part of an execution that will be taken back ([`crate::translate::verify`]): all go the slow way.
+    pub(crate) dry: Option<crate::translate::verify::DryLog>,
 }
 
 impl Mmu {
@@ -125,6 +127,7 @@ impl Mmu {
             apic_page: u64::MAX,
             watched: Vec::new(),
             walks: 0,
+            dry: None,
         }
     }
 
@@ -187,8 +190,11 @@ impl SoftVp {
     /// Chooses the TLB sets for the present privilege level and EFLAGS.AC. Called by [`SoftVp::mode_changed`] and
     /// whenever AC changes.
     pub fn select_tlb(&mut self) {
-        let data =
-            if self.alignment_checked() { self.mmu.empty.base() } else { self.mmu.set(self.access_class()).base() };
+        let data = if self.alignment_checked() || self.mmu.dry.is_some() {
+            self.mmu.empty.base()
+        } else {
+            self.mmu.set(self.access_class()).base()
+        };
         self.s.tlb.data = data;
         self.s.tlb.system = self.mmu.supervisor.base();
         let smap = self.s.cr4 & cr4::SMAP != 0;

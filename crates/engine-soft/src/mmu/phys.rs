@@ -198,6 +198,11 @@ impl SoftVp {
 
     /// A read of something that is not memory; within one page.
     pub(super) fn device_read(&mut self, gpa: u64, data: &mut [u8]) {
+        if let Some(log) = &mut self.mmu.dry {
+            log.stopped = true;
+            data.fill(0);
+            return;
+        }
         if gpa & !PAGE_MASK == self.mmu.apic_page {
             self.apic_page_read((gpa & PAGE_MASK) as u32, data);
             return;
@@ -209,6 +214,10 @@ impl SoftVp {
 
     /// A write to something that is not RAM; within one page.
     pub(super) fn device_write(&mut self, gpa: u64, data: &[u8]) {
+        if let Some(log) = &mut self.mmu.dry {
+            log.stopped = true;
+            return;
+        }
         if gpa & !PAGE_MASK == self.mmu.apic_page {
             self.apic_page_write((gpa & PAGE_MASK) as u32, data);
             return;

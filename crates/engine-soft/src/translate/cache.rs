@@ -49,6 +49,7 @@ struct Block {
     /// Exits of other blocks that are patched to this one.
     incoming: Vec<u32>,
     alive: bool,
+    path: std::sync::Arc<[iced_x86::Instruction]>,
 }
 
 struct ExitRecord {
@@ -129,7 +130,7 @@ impl Translator {
 
     /// Enters a block that was lowered for [`Translator::next`]. `None` if it is too large.
     pub fn insert(&mut self, key: Key, generation: u32, lowered: Lowered) -> Option<u32> {
-        let Lowered { hot, cold, entry, table_entry, exits, sites, count, .. } = lowered;
+        let Lowered { hot, cold, entry, table_entry, exits, sites, count, path, .. } = lowered;
         if hot.bytes.len() > BLOCK_ROOM || cold.bytes.len() > BLOCK_ROOM {
             return None;
         }
@@ -146,7 +147,7 @@ impl Translator {
             block: id,
         }));
         self.sites.extend(sites);
-        self.blocks.push(Block { key, entry, table_entry, incoming: Vec::new(), alive: true });
+        self.blocks.push(Block { key, entry, table_entry, incoming: Vec::new(), alive: true, path: path.into() });
         self.by_key.insert(key, id);
         let page = self.pages.entry(key.gpa >> 12).or_insert(CodePage { generation, blocks: Vec::new() });
         page.blocks.push(id);
@@ -158,6 +159,10 @@ impl Translator {
     /// Entry with the flags in the host's register.
     pub fn entry(&self, block: u32) -> u64 {
         self.blocks[block as usize].entry
+    }
+    /// The instructions that a block executes (kept for [`super::verify`] only).
+    pub fn path(&self, block: u32) -> std::sync::Arc<[iced_x86::Instruction]> {
+        self.blocks[block as usize].path.clone()
     }
     /// Entry through the jump table.
     pub fn table_entry(&self, block: u32) -> u64 {

@@ -53,6 +53,8 @@ pub enum System {
 pub struct Mode {
     /// Level 0 (else 3).
     pub kernel: bool,
+    /// What may not be executed twice ends a block ([`super::verify`]).
+    pub verify: bool,
     /// CR4.TSD.
     tsd: bool,
     /// CR4.FSGSBASE.
@@ -63,7 +65,8 @@ impl Mode {
     /// That of the VP now.
     pub fn of(vp: &SoftVp) -> Self {
         let cr4 = vp.s.cr4;
-        Self { kernel: vp.s.cpl == 0, tsd: cr4 & cr4::TSD != 0, fsgsbase: cr4 & cr4::FSGSBASE != 0 }
+        let verify = vp.s.jit.verify != 0;
+        Self { kernel: vp.s.cpl == 0, verify, tsd: cr4 & cr4::TSD != 0, fsgsbase: cr4 & cr4::FSGSBASE != 0 }
     }
 }
 
@@ -78,6 +81,13 @@ pub fn refine(i: &Instruction, kind: Kind, mode: Mode, bmi2: bool) -> Kind {
     if !matches!(kind, Kind::Interpret | Kind::Stop) {
         return kind;
     }
+    match refine_system(i, kind, mode, bmi2) {
+        Kind::Interpret | Kind::System(System::Rdtsc | System::Rdtscp) if mode.verify => Kind::Stop,
+        kind => kind,
+    }
+}
+
+fn refine_system(i: &Instruction, kind: Kind, mode: Mode, bmi2: bool) -> Kind {
     use Code::*;
     let base = |seg: usize| u8::try_from(seg).unwrap_or(0);
     let system = match i.code() {

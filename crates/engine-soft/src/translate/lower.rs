@@ -90,6 +90,8 @@ pub struct Lowered {
     pub len: u32,
     /// Guest instructions.
     pub count: u32,
+    /// The instructions that the block executes, for [`super::verify`] (empty otherwise).
+    pub path: Vec<Instruction>,
 }
 
 enum Cold {
@@ -164,7 +166,8 @@ pub fn lower(
     }
     if let Some((_, kind @ Kind::System(kernel::System::Sti))) = list.last_mut() {
         // The instruction behind STI belongs to it: an interrupt must not come between.
-        *kind = Kind::Interpret;
+        *kind = if mode.verify { Kind::Stop } else { Kind::Interpret };
+        ended |= mode.verify;
     }
     let last = list.last()?.0;
     let page = rip >> 12;
@@ -241,6 +244,11 @@ pub fn lower(
         sites: l.sites,
         len: (last.next_ip() - rip) as u32,
         count: list.len() as u32,
+        path: if mode.verify {
+            list.iter().filter(|(_, k)| *k != Kind::Stop).map(|(i, _)| *i).collect()
+        } else {
+            vec![]
+        },
     })
 }
 

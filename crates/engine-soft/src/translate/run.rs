@@ -26,6 +26,10 @@ unsafe extern "C" fn interpret(vp: *mut SoftVp, len: u64) -> u64 {
     let vp = unsafe { &mut *vp };
     guarded(vp, |vp| {
         let (expected, cpl) = (vp.s.rip.wrapping_add(len), vp.s.cpl);
+        if vp.s.jit.verify != 0 {
+            vp.verify.fault = interp::quiet(vp).err();
+            return u64::from(vp.verify.fault.is_none() && vp.s.rip == expected);
+        }
         interp::one(vp);
         let go_on = vp.s.rip == expected
             && vp.s.cpl == cpl
@@ -45,6 +49,15 @@ unsafe extern "C" fn advance(vp: *mut SoftVp, value: u64, code: u64) -> u64 {
         // SAFETY: see above.
         let t = unsafe { &mut *t };
         let mut exit = None;
+        if vp.s.jit.verify != 0 {
+            match code {
+                thunks::code::DIRECT => vp.s.rip = t.exit_target(value).unwrap_or(value),
+                thunks::code::INTERPRET | thunks::code::TABLE => vp.s.rip = value,
+                _ => {}
+            }
+            vp.verify.early = code == thunks::code::INTERPRET;
+            return 0;
+        }
         match code {
             thunks::code::DIRECT => {
                 let Some(target) = t.exit_target(value) else { return 0 };
@@ -124,7 +137,7 @@ pub fn run(vp: &mut SoftVp) {
 }
 
 /// The VP's translator, made on first use. `None`: the host gives no executable memory.
-fn take(vp: &mut SoftVp) -> Option<Box<Translator>> {
+pub(super) fn take(vp: &mut SoftVp) -> Option<Box<Translator>> {
     if let Some(translator) = vp.translator.take() {
         return Some(translator);
     }
@@ -199,7 +212,7 @@ fn run_with(vp: &mut SoftVp, t: &mut Translator) {
 }
 
 /// Enters translated code; gives the exit's code and value.
-fn execute(vp: &mut SoftVp, t: &mut Translator, entry: u64) -> (u64, u64) {
+pub(super) fn execute(vp: &mut SoftVp, t: &mut Translator, entry: u64) -> (u64, u64) {
     vp.s.jit.jump_table = vp.jump_table();
     let Thunks { enter, fsgsbase, .. } = t.thunks;
     let translator: *mut Translator = t;
@@ -228,7 +241,7 @@ fn execute(vp: &mut SoftVp, t: &mut Translator, entry: u64) -> (u64, u64) {
 }
 
 /// The block at the VP's RIP, translated if need be. `None`: not from plain memory, or the fetch faults.
-fn find(vp: &mut SoftVp, t: &mut Translator) -> Option<u32> {
+pub(super) fn find(vp: &mut SoftVp, t: &mut Translator) -> Option<u32> {
     let rip = vp.s.rip;
     let page = vp.fetch_page(rip).ok()?;
     if page.host.is_null() {
@@ -257,6 +270,9 @@ fn translate(vp: &mut SoftVp, t: &mut Translator, key: Key, host: *const u8) -> 
     // generation changes too, and the block is dropped.
     unsafe { std::ptr::copy_nonoverlapping(host, bytes.as_mut_ptr(), bytes.len()) };
     let offset = (key.rip & (PAGE_SIZE - 1)) as usize;
+    if vp.s.jit.sabotage != 0 && bytes[offset..].starts_with(&[0x48, 0x01]) {
+        bytes[offset + 1] = 0x29;
+    }
     let class = vp.code_class();
     let mode = Mode::of(vp);
     let far = std::cell::RefCell::new(&mut vp.mmu);
@@ -275,7 +291,7 @@ fn translate(vp: &mut SoftVp, t: &mut Translator, key: Key, host: *const u8) -> 
 }
 
 /// Drops the blocks of pages that have changed.
-fn drop_changed(vp: &mut SoftVp, t: &mut Translator) {
+pub(super) fn drop_changed(vp: &mut SoftVp, t: &mut Translator) {
     let generations = &vp.partition.code_generations;
     let named = {
         let log = vp.partition.changed_code.lock().unwrap_or_else(|e| e.into_inner());
