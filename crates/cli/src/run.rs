@@ -45,7 +45,7 @@ pub struct Args {
     /// Where the serial port leads: stdio, file:PATH or unix:PATH
     #[arg(long, value_name = "TARGET", default_value = "stdio")]
     serial: SerialTarget,
-    /// Translation of guest code (engine soft): on, off (interpret everything), verify (not built yet: as on, with a warning)
+    /// Translation of guest code (engine soft): on, off (interpret everything), verify (both, and compare: slow, for tests)
     #[arg(long, value_enum, default_value_t = TranslateArg::On)]
     translate: TranslateArg,
     /// Disk image (VHDX, VHD, raw) on the synthetic SCSI controller; may be given several times

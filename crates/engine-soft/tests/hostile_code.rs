@@ -5,7 +5,7 @@
 //! watched by pages without access on both sides of guest RAM (a stray access is a SIGSEGV that ends the test) and by
 //! patterns behind the mapped part of the block.
 
-use partition::{Access, Clock, EngineOptions, Gpa, GuestMemory, MemoryBlock, PartitionConfig};
+use partition::{Access, Clock, EngineOptions, Gpa, GuestMemory, MemoryBlock, PartitionConfig, TranslateMode};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -227,6 +227,20 @@ fn env(name: &str) -> Option<u64> {
 
 #[test]
 fn random_code_harms_nobody() {
+    fuzz(TranslateMode::Off);
+}
+
+#[test]
+fn random_code_translated_harms_nobody() {
+    fuzz(TranslateMode::On);
+}
+
+#[test]
+fn random_code_translated_does_what_the_interpreter_does() {
+    fuzz(TranslateMode::Verify);
+}
+
+fn fuzz(translate: TranslateMode) {
     // RAM is the middle of a block; what is on its sides must stay as it is.
     let block = MemoryBlock::new(RAM + 2 * GUARD, false).expect("memory");
     let memory = GuestMemory::new();
@@ -244,7 +258,7 @@ fn random_code_harms_nobody() {
         cpuid: vec![model.table(0, 1, 1_000_000_000)],
         msr_exits: Vec::new(),
         hypercall_port: Some(0x5c),
-        options: EngineOptions::default(),
+        options: EngineOptions { translate, code_cache_bytes: 8 << 20 },
     };
     let partition = SoftPartition::new(config).expect("a partition");
     let mut vp = SoftVp::new(partition, 0);
@@ -280,7 +294,10 @@ fn random_code_harms_nobody() {
                     interp::step(&mut vp);
                 } else {
                     vp.s.attention.fetch_and(!attention::KICK, Ordering::Relaxed);
-                    run_some(&mut vp);
+                    run_some(&mut vp, translate);
+                    if let Some(difference) = vp.verify.difference.take() {
+                        panic!("{difference}");
+                    }
                 }
             }
             vp.s.attention.fetch_and(!attention::KICK, Ordering::Relaxed);
@@ -310,7 +327,7 @@ fn random_code_harms_nobody() {
 
 /// Runs blocks for a short while: another thread's kick would be a race; a timer of our own is not needed because random
 /// code raises an exception sooner or later, and a loop is ended by this thread.
-fn run_some(vp: &mut SoftVp) {
+fn run_some(vp: &mut SoftVp, translate: TranslateMode) {
     struct Kick(*const std::sync::atomic::AtomicU32);
     // SAFETY: the word lives in the VP, which outlives the thread (joined below).
     unsafe impl Send for Kick {}
@@ -329,7 +346,11 @@ fn run_some(vp: &mut SoftVp) {
     while vp.s.attention.load(Ordering::Relaxed) & (attention::KICK | attention::REQUEST) == 0
         && vp.activity == partition::Activity::Running
     {
-        interp::run(vp);
+        match translate {
+            TranslateMode::Off => interp::run(vp),
+            TranslateMode::On => viridian_engine_soft::translate::run::run(vp),
+            TranslateMode::Verify => viridian_engine_soft::translate::verify::run(vp),
+        }
     }
     thread.join().expect("the kicker");
 }

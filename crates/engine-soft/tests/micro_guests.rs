@@ -1,4 +1,4 @@
-//! The micro-guests on this engine, interpreted and translated, against the manual's rules.
+//! The micro-guests on this engine, interpreted, translated, and both compared, against the manual's rules.
 
 use partition::{Abilities, Engine, EngineError, Partition, PartitionConfig, TranslateMode};
 use std::sync::Arc;
@@ -44,4 +44,9 @@ fn interpreted() {
 #[test]
 fn translated() {
     run_all(TranslateMode::On);
+}
+
+#[test]
+fn verified() {
+    run_all(TranslateMode::Verify);
 }

@@ -44,6 +44,8 @@ pub struct Boot {
     pub modules: &'static [&'static str],
     /// Programs as (tool, path).
     pub programs: &'static [(&'static str, &'static str)],
+    /// More options of `viridian run`.
+    pub options: &'static [&'static str],
 }
 
 /// Typed text.
@@ -60,6 +62,8 @@ pub enum Expect {
     Verdict,
     /// These texts appear, then the guest powers off and the program ends with status 0.
     Text(&'static [&'static str]),
+    /// This text appears; then the machine is ended from outside.
+    Stops(&'static str),
     /// The guest boots this many times in one run of the program.
     Boots(usize),
     /// The program ends with an error that shows the processor's state.
@@ -103,6 +107,7 @@ impl Boot {
             disk_mib: None,
             modules: &[],
             programs: &[],
+            options: &[],
         }
     }
 
@@ -213,6 +218,20 @@ pub fn all(long_seconds: u32) -> Vec<Case> {
                 ..Boot::new(kernel, processors, format!("viridian.test=hyperv viridian.args={processors}"))
             },
         );
+        case.viridian_only = true;
+        cases.push(case);
+    }
+    // Every block is executed by the interpreter and by its translation: slow, so the generic kernel is for the long run.
+    for (kernel, expect, long) in [
+        ("bookworm-cloud", Expect::Stops("Run /init as init process"), false),
+        ("bookworm-cloud", Expect::Verdict, true),
+        ("bookworm-generic", Expect::Verdict, true),
+    ] {
+        let mut case = boot(
+            &format!("translate/verify/{kernel}{}", if long { "" } else { "/early" }),
+            Boot { seconds: 1800, expect, options: &["--translate", "verify"], ..Boot::new(kernel, 1, CHECK_TRUE) },
+        );
+        case.long = long;
         case.viridian_only = true;
         cases.push(case);
     }

@@ -143,6 +143,7 @@ fn run_case(case: &Case, bench: &Bench) -> Result<()> {
                 _ => {
                     let mut command = bench.contender.command(&vm);
                     let image = log.with_extension("vhdx");
+                    command.args(boot.options);
                     if let Some(mib) = boot.disk_mib {
                         add_disk(&mut command, &image, mib)?;
                     }
@@ -211,6 +212,10 @@ fn judge_end(
                 expect_seen(event, limit, session.text(), want)?;
             }
             power_off(session, bench)
+        }
+        Expect::Stops(want) => {
+            let event = session.wait_for(left(), |t| t.contains(want) || is_fatal(t))?;
+            expect_seen(event, limit, session.text(), want)
         }
         Expect::Boots(count) => {
             let boots = |t: &str| t.matches("VIRIDIAN-INIT").count();

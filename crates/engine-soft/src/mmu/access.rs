@@ -244,7 +244,8 @@ impl SoftVp {
         self.mmu.walks += 1;
         let walked = self.walk(la, intent, class)?;
         let page = self.phys_page(walked.gpa);
-        if let Some(page) = page.filter(|_| !self.is_watched(la)) {
+        // Not by an execution that will be taken back: it may have written the page tables.
+        if let Some(page) = page.filter(|_| !self.is_watched(la) && self.mmu.dry.is_none()) {
             let fill = Fill {
                 page: la & !PAGE_MASK,
                 gpa: walked.gpa & !PAGE_MASK,

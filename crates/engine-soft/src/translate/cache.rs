@@ -3,6 +3,7 @@
 use super::code_memory::CodeMemory;
 use super::lower::{Lowered, Site};
 use super::thunks::{self, Thunks};
+use super::verify::Planned;
 use std::collections::HashMap;
 use std::hash::{BuildHasherDefault, Hasher};
 use std::io;
@@ -49,7 +50,7 @@ struct Block {
     /// Exits of other blocks that are patched to this one.
     incoming: Vec<u32>,
     alive: bool,
-    path: std::sync::Arc<[iced_x86::Instruction]>,
+    path: std::sync::Arc<[Planned]>,
 }
 
 struct ExitRecord {
@@ -147,7 +148,14 @@ impl Translator {
             block: id,
         }));
         self.sites.extend(sites);
-        self.blocks.push(Block { key, entry, table_entry, incoming: Vec::new(), alive: true, path: path.into() });
+        self.blocks.push(Block {
+            key,
+            entry,
+            table_entry,
+            incoming: Vec::new(),
+            alive: true,
+            path: path.into_iter().map(Planned::new).collect(),
+        });
         self.by_key.insert(key, id);
         let page = self.pages.entry(key.gpa >> 12).or_insert(CodePage { generation, blocks: Vec::new() });
         page.blocks.push(id);
@@ -161,7 +169,7 @@ impl Translator {
         self.blocks[block as usize].entry
     }
     /// The instructions that a block executes (kept for [`super::verify`] only).
-    pub fn path(&self, block: u32) -> std::sync::Arc<[iced_x86::Instruction]> {
+    pub fn path(&self, block: u32) -> std::sync::Arc<[Planned]> {
         self.blocks[block as usize].path.clone()
     }
     /// Entry through the jump table.

@@ -16,6 +16,7 @@
 //! remembered, and an instruction that reads one before it is written again is the difference.
 
 use super::cache::Translator;
+use super::classify::Kind;
 use super::kernel;
 use super::lower::MAX_INSTRUCTIONS;
 use super::run::{drop_changed, execute, find, take};
@@ -204,18 +205,34 @@ fn status(bits: u32) -> u64 {
     .fold(0, |mask, (_, flag)| mask | flag)
 }
 
-/// Status flags that an instruction reads.
-fn reads(i: &Instruction) -> u64 {
-    match i.mnemonic() {
-        Mnemonic::Pushfq | Mnemonic::Pushf | Mnemonic::Lahf | Mnemonic::Syscall => rflags::STATUS,
-        _ => status(i.rflags_read()),
-    }
+/// An instruction of a block, and the status flags that it reads, overwrites in every case, leaves undefined, and leaves
+/// otherwise in the interpreter than on the host.
+#[derive(Clone, Copy)]
+pub struct Planned {
+    i: Instruction,
+    reads: u64,
+    overwrites: u64,
+    undefined: u64,
+    unlike: u64,
 }
 
-/// Status flags that an instruction overwrites in every case.
-fn overwrites(i: &Instruction) -> u64 {
-    use super::classify::Kind;
-    status(u32::from(flags::effect(i, Kind::Plain).kills))
+impl Planned {
+    /// For an instruction at its address.
+    pub fn new(i: Instruction) -> Self {
+        let reads = match i.mnemonic() {
+            Mnemonic::Pushfq | Mnemonic::Pushf | Mnemonic::Lahf | Mnemonic::Syscall => rflags::STATUS,
+            _ => status(i.rflags_read()),
+        };
+        let undefined = status(i.rflags_undefined());
+        let division = matches!(i.mnemonic(), Mnemonic::Div | Mnemonic::Idiv);
+        Self {
+            i,
+            reads,
+            overwrites: status(u32::from(flags::effect(&i, Kind::Plain).kills)),
+            undefined,
+            unlike: if division { undefined } else { 0 },
+        }
+    }
 }
 
 /// How the first execution ended.
@@ -252,6 +269,8 @@ pub fn run(vp: &mut SoftVp) {
         interp::run(vp);
         give_turn(vp);
         drop_changed(vp, &mut t);
+        vp.translator = Some(t);
+        return;
     }
     while vp.verify.difference.is_none() {
         let bits = vp.s.attention.load(Ordering::SeqCst);
@@ -311,8 +330,10 @@ fn step(vp: &mut SoftVp, t: &mut Translator) {
     }
     let path = block.map(|block| t.path(block)).unwrap_or_default();
     let Some(block) = block.filter(|_| !path.is_empty()) else {
-        if let Ok(i) = interp::decode(vp) {
-            once(vp, &i);
+        if vp.verify.lost != 0
+            && let Ok(i) = interp::decode(vp)
+        {
+            once(vp, &Planned::new(i));
         }
         interp::one(vp);
         return;
@@ -365,16 +386,16 @@ fn step(vp: &mut SoftVp, t: &mut Translator) {
 }
 
 /// An instruction is going to be executed once, by the interpreter.
-fn once(vp: &mut SoftVp, i: &Instruction) {
-    if reads(i) & vp.verify.lost != 0 {
+fn once(vp: &mut SoftVp, p: &Planned) {
+    if p.reads & vp.verify.lost != 0 {
         vp.verify.difference =
-            Some(format!("{:#x}: {i} reads flags {:#x}, which translations lost", vp.s.rip, vp.verify.lost));
+            Some(format!("{:#x}: {} reads flags {:#x}, which translations lost", vp.s.rip, p.i, vp.verify.lost));
     }
-    vp.verify.lost &= !overwrites(i);
+    vp.verify.lost &= !p.overwrites;
 }
 
 /// The first execution. Leaves the registers as the interpreter has them; memory is as before.
-fn dry_run(vp: &mut SoftVp, path: &[Instruction], before: &Registers) -> Dry {
+fn dry_run(vp: &mut SoftVp, path: &[Planned], before: &Registers) -> Dry {
     let mut log = std::mem::take(&mut vp.verify.log);
     log.clear();
     vp.mmu.dry = Some(log);
@@ -385,15 +406,16 @@ fn dry_run(vp: &mut SoftVp, path: &[Instruction], before: &Registers) -> Dry {
     let mut count = 0;
     let mut fault = None;
     debug_assert!(path.len() <= MAX_INSTRUCTIONS);
-    for i in path {
+    for p in path {
+        let i = &p.i;
         if i.ip() != vp.s.rip {
             break;
         }
-        if reads(i) & lost != 0 {
+        if p.reads & lost != 0 {
             result = Some(Dry::Lost(format!("{:#x}: {i} reads flags {:#x}, which translations lost", i.ip(), lost)));
             break;
         }
-        if reads(i) & unlike != 0 {
+        if p.reads & unlike != 0 {
             // What the program does depends on flags that DIV leaves undefined.
             result = Some(Dry::Once);
             break;
@@ -408,6 +430,11 @@ fn dry_run(vp: &mut SoftVp, path: &[Instruction], before: &Registers) -> Dry {
             vp.s.pending_debug = 0;
             result = Some(Dry::Once);
         }
+        // Single step, or an interrupt that may be taken now: the next instruction is not simply the block's next.
+        let waits = vp.s.attention.load(Ordering::SeqCst) & !attention::BOUNDARY != 0;
+        if vp.s.rflags & (rflags::TF | rflags::RF) != 0 || waits {
+            result = Some(Dry::Once);
+        }
         if result.is_some() || fault.is_some() {
             break;
         }
@@ -415,12 +442,9 @@ fn dry_run(vp: &mut SoftVp, path: &[Instruction], before: &Registers) -> Dry {
             vp.s.interrupt_shadow = false;
         }
         count += 1;
-        lost &= !overwrites(i);
-        undefined = undefined & !overwrites(i) | status(i.rflags_undefined());
-        unlike &= !overwrites(i);
-        if matches!(i.mnemonic(), Mnemonic::Div | Mnemonic::Idiv) {
-            unlike |= status(i.rflags_undefined());
-        }
+        lost &= !p.overwrites;
+        undefined = undefined & !p.overwrites | p.undefined;
+        unlike = unlike & !p.overwrites | p.unlike;
     }
     let mut log = vp.mmu.dry.take().unwrap_or_default();
     log.take_back();
@@ -445,7 +469,7 @@ fn compare(
     vp: &mut SoftVp,
     t: &mut Translator,
     block: u32,
-    path: &[Instruction],
+    path: &[Planned],
     before: &Registers,
     fault: Option<Fault>,
     undefined: u64,
@@ -463,7 +487,7 @@ fn compare(
     let found = Registers::of(vp);
     if (code == thunks::code::INTERPRET || vp.verify.early)
         && found.rip != expected.rip
-        && let Some(count) = path.iter().position(|i| i.ip() == found.rip)
+        && let Some(count) = path.iter().position(|p| p.i.ip() == found.rip)
     {
         return Verdict::Early(count);
     }
@@ -490,17 +514,19 @@ fn compare(
     if raised != fault && !(raised.is_none() && (code == thunks::code::INTERPRET || vp.verify.early)) {
         let _ = writeln!(text, "  fault: {fault:x?}, translated {raised:x?} (code {code})");
     }
-    let (a, b) = (comparable(&expected.xsave), comparable(&found.xsave));
-    if let Some(n) = (0..a.len()).find(|n| a[*n] != b[*n]) {
-        let _ = writeln!(text, "  vector state, byte {n:#x}: {:#x}, translated {:#x}", a[n], b[n]);
+    if expected.xsave != found.xsave {
+        let (a, b) = (comparable(&expected.xsave), comparable(&found.xsave));
+        if let Some(n) = (0..a.len()).find(|n| a[*n] != b[*n]) {
+            let _ = writeln!(text, "  vector state, byte {n:#x}: {:#x}, translated {:#x}", a[n], b[n]);
+        }
     }
     if let Some((place, want, got)) = vp.verify.log.difference() {
         let _ = writeln!(text, "  memory at host {place:p}: {want:#x}, translated {got:#x}");
     }
     if !text.is_empty() {
         let mut all = format!("the translation of the code at {:#x} (level {}) differs:\n", before.rip, vp.s.cpl);
-        for i in path {
-            let _ = writeln!(all, "  {:#x}: {i}", i.ip());
+        for p in path {
+            let _ = writeln!(all, "  {:#x}: {}", p.i.ip(), p.i);
         }
         return Verdict::Different(all + &text);
     }
