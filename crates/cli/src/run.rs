@@ -2,7 +2,7 @@
 
 use bios::templates::Template;
 use clap::{Args as ClapArgs, ValueEnum};
-use machine::{BootSource, MachineConfig, StorageUnit, UnitKind};
+use machine::{BootSource, IoLimits, MachineConfig, StorageUnit, UnitKind};
 use partition::{EngineOptions, TranslateMode};
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -108,7 +108,7 @@ pub fn run(args: Args, started: Instant) -> ExitCode {
     let storage: Vec<StorageUnit> = disks
         .chain(drives)
         .zip(0u8..)
-        .map(|((kind, image), lun)| StorageUnit { controller: 0, lun, kind, image })
+        .map(|((kind, image), lun)| StorageUnit { controller: 0, lun, kind, image, limits: IoLimits::default() })
         .collect();
     let start = match (args.kernel, args.restore) {
         (Some(kernel), _) => Start::Boot(MachineConfig {

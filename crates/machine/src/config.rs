@@ -34,6 +34,18 @@ pub struct StorageUnit {
     pub kind: UnitKind,
     /// The image; a drive may be empty.
     pub image: Option<PathBuf>,
+    /// Limits of a disk.
+    #[serde(default)]
+    pub limits: IoLimits,
+}
+
+/// Limits of a disk, in operations of 8 KiB a second.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IoLimits {
+    /// Less than this, while requests wait, is an alert.
+    pub minimum: Option<u32>,
+    /// No more than this.
+    pub maximum: Option<u32>,
 }
 
 /// Kind of a unit.

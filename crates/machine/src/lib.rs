@@ -28,6 +28,6 @@ pub mod save;
 pub mod smbios;
 pub mod vcpu;
 
-pub use config::{BootSource, MachineConfig, StorageUnit, UnitKind};
+pub use config::{BootSource, IoLimits, MachineConfig, StorageUnit, UnitKind};
 pub use exits::GuestInterface;
 pub use machine::{Event, Machine, MachineError, Serial};

@@ -4,7 +4,7 @@ use crate::acpi;
 use crate::board::Board;
 use crate::boot::{self, BootError};
 use crate::bus::{Bus, DeviceCounts};
-use crate::config::{BootSource, MEMORY_BYTES, MachineConfig};
+use crate::config::{BootSource, MEMORY_BYTES, MachineConfig, StorageUnit};
 use crate::dump;
 use crate::exits::{Exits, GuestInterface};
 use crate::layout;
@@ -177,6 +177,8 @@ impl PowerSink for PowerSwitch {
 /// A machine. Its owner calls it from one thread at a time.
 pub struct Machine {
     config: MachineConfig,
+    /// The units that a restored machine begins with, if they are no longer those of `config`.
+    storage: Mutex<Option<Vec<StorageUnit>>>,
     memory: Arc<GuestMemory>,
     clock: Arc<Clock>,
     timers: Arc<TimerService>,
@@ -233,6 +235,7 @@ impl Machine {
         Ok(Self {
             tables: acpi::tables(config.processors, config.hyperv),
             config,
+            storage: Mutex::new(None),
             memory: base.memory,
             clock: base.clock,
             timers,
@@ -248,6 +251,11 @@ impl Machine {
     /// The configuration.
     pub fn config(&self) -> &MachineConfig {
         &self.config
+    }
+
+    /// Notes which units the machine has now: [`Machine::save`] puts them into the saved configuration.
+    pub fn set_storage(&self, units: Vec<StorageUnit>) {
+        *self.storage.lock().unwrap_or_else(|e| e.into_inner()) = Some(units);
     }
 
     /// Guest memory.
@@ -354,8 +362,12 @@ impl Machine {
         }
         let vps = (0..self.config.processors as usize).map(|vp| self.vcpus.state(vp)).collect::<Result<_, _>>()?;
         let interface = self.exits.guest_interface.as_ref().map(|g| g.save()).transpose();
+        let mut config = self.config.clone();
+        if let Some(units) = &*self.storage.lock().unwrap_or_else(|e| e.into_inner()) {
+            config.storage.clone_from(units);
+        }
         let header = Header {
-            config: self.config.clone(),
+            config,
             cpuid: self.cpuid.clone(),
             tsc: self.clock.tsc(),
             tsc_hz: self.clock.tsc_frequency_hz(),

@@ -22,8 +22,8 @@ use x86::paging::PAGE_SIZE;
 
 const MAGIC: [u8; 8] = *b"VRDNSTAT";
 const FORMAT: u32 = 1;
-/// Largest header that is read: 64 VPs need less than 2 MiB.
-const HEADER_MAX: u32 = 16 << 20;
+/// Largest header that is read: 64 VPs need less than 2 MiB, the rest of a file that is being copied 64.
+const HEADER_MAX: u32 = 96 << 20;
 /// Largest memory record.
 const RECORD: usize = 1 << 20;
 const PAGE: usize = PAGE_SIZE as usize;

@@ -8,6 +8,7 @@ use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
 
@@ -118,18 +119,28 @@ fn lock_file(file: &File, path: &Path, lock: Lock) -> Result<()> {
         Lock::Shared => libc::LOCK_SH,
         Lock::None => return Ok(()),
     };
-    // SAFETY: flock takes no pointers; the descriptor is open for as long as `file` lives.
-    if unsafe { libc::flock(file.as_raw_fd(), how | libc::LOCK_NB) } == 0 {
-        return Ok(());
-    }
-    let e = io::Error::last_os_error();
-    match e.raw_os_error() {
-        Some(libc::EWOULDBLOCK) => Err(Error::InUse { path: path.to_path_buf() }),
-        // A file system without locks: the user keeps order himself.
-        Some(libc::ENOLCK | libc::EOPNOTSUPP | libc::ENOSYS) => Ok(()),
-        _ => Err(Error::Io { path: path.to_path_buf(), what: "lock", source: e }),
+    let began = Instant::now();
+    loop {
+        // SAFETY: flock takes no pointers; the descriptor is open for as long as `file` lives.
+        if unsafe { libc::flock(file.as_raw_fd(), how | libc::LOCK_NB) } == 0 {
+            return Ok(());
+        }
+        let e = io::Error::last_os_error();
+        match e.raw_os_error() {
+            Some(libc::EWOULDBLOCK | libc::EINTR) if began.elapsed() < LOCK_PATIENCE => {
+                std::thread::sleep(Duration::from_millis(10));
+            }
+            Some(libc::EWOULDBLOCK) => return Err(Error::InUse { path: path.to_path_buf() }),
+            // A file system without locks: the user keeps order himself.
+            Some(libc::ENOLCK | libc::EOPNOTSUPP | libc::ENOSYS) => return Ok(()),
+            _ => return Err(Error::Io { path: path.to_path_buf(), what: "lock", source: e }),
+        }
     }
 }
+
+/// How long a lock is waited for: the kernel takes the io_uring of a killed process apart in the background, and its
+/// files are closed, and their locks gone, only after that.
+const LOCK_PATIENCE: Duration = Duration::from_millis(500);
 
 /// A second descriptor with O_DIRECT on the same file, if the host offers it finely enough.
 fn open_direct(path: &Path, file: &File, write: bool, sector: u32) -> Option<(File, DirectAlignment)> {

@@ -217,6 +217,11 @@ impl Channel {
         self.setup.sub_channel
     }
 
+    /// Whether it stands still, with the machine.
+    pub fn is_paused(&self) -> bool {
+        self.signals.paused.load(Ordering::SeqCst)
+    }
+
     /// Was it open when the machine was saved, and is it now again? The guest does not negotiate anew then.
     pub fn is_restored(&self) -> bool {
         self.setup.restored

@@ -2,7 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::{name, size};
-use machine::{BootSource, MachineConfig, StorageUnit, UnitKind};
+use machine::{BootSource, IoLimits, MachineConfig, StorageUnit, UnitKind};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::path::{Path, PathBuf};
 use uuid::Uuid;
@@ -197,6 +197,13 @@ pub struct Disk {
     pub lun: u8,
     /// Image.
     pub image: PathBuf,
+    /// Limits, in operations of 8 KiB a second: `minimum` (less is an alert) and `maximum` (enforced).
+    #[serde(default, skip_serializing_if = "unlimited")]
+    pub limits: IoLimits,
+}
+
+fn unlimited(limits: &IoLimits) -> bool {
+    *limits == IoLimits::default()
 }
 
 /// A DVD drive.
@@ -350,12 +357,14 @@ impl VmConfig {
             lun: d.lun,
             kind: UnitKind::Disk,
             image: Some(d.image.clone()),
+            limits: d.limits,
         };
         let drive = |d: &Drive| StorageUnit {
             controller: d.controller,
             lun: d.lun,
             kind: UnitKind::Dvd,
             image: d.image.clone(),
+            limits: IoLimits::default(),
         };
         self.disks.iter().map(disk).chain(self.drives.iter().map(drive)).collect()
     }
@@ -428,7 +437,7 @@ mod tests {
     #[test]
     fn round_trip_and_defaults() {
         let mut config = VmConfig::new("Müller \"1\"");
-        config.disks.push(Disk { controller: 0, lun: 0, image: "/a b.vhdx".into() });
+        config.disks.push(Disk { controller: 0, lun: 0, image: "/a b.vhdx".into(), limits: IoLimits::default() });
         config.drives.push(Drive { controller: 3, lun: 63, image: None });
         config.processor.affinity = Affinity::Processors(vec![1, 0]);
         config.kernel = Some(Kernel { image: "/k".into(), initrd: None, command_line: "x=\"y\"".into() });

@@ -6,7 +6,7 @@
 use crate::{SyntheticDevice, from_value, lock, to_value};
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
-use std::sync::mpsc::{SyncSender, sync_channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -110,6 +110,8 @@ struct Inner {
     /// The call that the guest works on, with its transaction.
     current: Option<(u8, SyncSender<Result<Vec<u8>, ServiceError>>)>,
     transaction: u8,
+    /// The answer to the call that the guest worked on when the machine was saved.
+    restored: Option<Receiver<Result<Vec<u8>, ServiceError>>>,
     /// The machine has started or gone on: time may have passed.
     started: bool,
     thread: Option<JoinHandle<()>>,
@@ -136,6 +138,9 @@ pub struct Ic {
 struct State {
     agreed: Option<Agreed>,
     transaction: u8,
+    /// The transaction of a call that the guest works on. Its caller is gone after a restore, but the guest must have
+    /// answered before it may be asked something else.
+    current: Option<u8>,
 }
 
 impl Ic {
@@ -148,11 +153,11 @@ impl Ic {
         lock(&self.inner).agreed.map(|a| v(a.version.0, a.version.1))
     }
 
-    /// Sends a request and waits for the answer: its body.
+    /// Sends a request and waits for the answer: its body. Time during which the machine stands still does not count.
     pub fn call(&self, body: Vec<u8>, timeout: Duration) -> Result<Vec<u8>, ServiceError> {
         let name = self.definition.name;
         let (answer, result) = sync_channel(1);
-        {
+        let channel = {
             let mut inner = lock(&self.inner);
             let channel = inner.channel.clone();
             let (Some(channel), Some(_)) = (channel, inner.agreed) else {
@@ -163,8 +168,34 @@ impl Ic {
             }
             inner.calls.push_back(Call { body, answer });
             channel.wake();
+            channel
+        };
+        let mut left = timeout;
+        loop {
+            let slice = left.min(Duration::from_millis(100));
+            match result.recv_timeout(slice) {
+                Ok(answer) => return answer,
+                Err(RecvTimeoutError::Disconnected) => return Err(ServiceError::NotConnected(name)),
+                Err(RecvTimeoutError::Timeout) if channel.is_paused() => {}
+                Err(RecvTimeoutError::Timeout) => left -= slice,
+            }
+            if left.is_zero() {
+                return Err(ServiceError::Timeout(name, timeout.as_secs()));
+            }
         }
-        result.recv_timeout(timeout).unwrap_or(Err(ServiceError::Timeout(name, timeout.as_secs())))
+    }
+}
+
+impl Ic {
+    /// The answer to the call that was in flight when the machine was saved, for whoever carries it on; once.
+    pub(crate) fn restored_call(&self) -> Option<Receiver<Result<Vec<u8>, ServiceError>>> {
+        lock(&self.inner).restored.take()
+    }
+
+    /// Whether the guest works on a call, or one waits for it.
+    pub(crate) fn is_busy(&self) -> bool {
+        let inner = lock(&self.inner);
+        inner.current.is_some() || !inner.calls.is_empty()
     }
 }
 
@@ -383,16 +414,20 @@ impl SyntheticDevice for Ic {
         self.definition.name
     }
     fn save(&self) -> Result<ciborium::Value, String> {
-        // A call that the guest works on is lost to its caller, which is another process after a restore; the guest's
-        // answer to it is ignored.
         let inner = lock(&self.inner);
-        to_value(&State { agreed: inner.agreed, transaction: inner.transaction })
+        let current = inner.current.as_ref().map(|c| c.0);
+        to_value(&State { agreed: inner.agreed, transaction: inner.transaction, current })
     }
     fn restore(&self, state: &ciborium::Value) -> Result<(), String> {
         let state: State = from_value(state)?;
         let mut inner = lock(&self.inner);
         inner.agreed = state.agreed;
         inner.transaction = state.transaction;
+        if let Some(id) = state.current {
+            let (answer, result) = sync_channel(1);
+            inner.current = Some((id, answer));
+            inner.restored = Some(result);
+        }
         Ok(())
     }
     fn started(&self) {

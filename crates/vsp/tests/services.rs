@@ -194,16 +194,17 @@ fn kvp_both_ways() {
 #[test]
 fn a_file_arrives_in_fragments() {
     let copy = FileCopy::new();
-    let (_bus, guest, vsc) = world(copy.clone());
+    let (_bus, guest, vsc) = world(copy.device());
     negotiate(&guest, &vsc);
     wait_until(|| copy.is_connected());
     let data: Vec<u8> = (0..20_000u32).map(|n| (n * 3) as u8).collect();
-    let (caller, source) = (copy.clone(), data.clone());
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), &data).unwrap();
+    let (caller, source, size) = (copy.clone(), file.reopen().unwrap(), data.len() as u64);
     let call = std::thread::spawn(move || {
         let mut seen = 0;
         let options = CopyOptions { overwrite: true, create_path: true };
-        let size = source.len() as u64;
-        caller.copy(&mut &source[..], size, "/tmp", "f", options, &mut |n| seen = n).map(|()| seen)
+        caller.copy(source, size, "/tmp", "f", options, &mut |n| seen = n).map(|()| seen)
     });
     let (mut got, mut operations) = (vec![0; data.len()], Vec::new());
     loop {

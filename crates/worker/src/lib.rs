@@ -26,6 +26,7 @@ pub mod screen;
 pub mod serial;
 pub mod stats;
 pub mod terminal;
+pub mod units;
 
 pub use engines::EngineChoice;
 pub use run::{Note, Observer, Order, Outcome, RunOptions, Start, WorkerError, run};

@@ -236,13 +236,15 @@ pub fn run(options: &RunOptions) -> Result<Outcome, WorkerError> {
     machine.resume().map_err(WorkerError::Failed)?;
     reporter.set(State::Running);
     if let (Some(control), Some(listener)) = (&control, listener) {
-        let context = Arc::new(Context { devices, console: console.clone(), reporter: reporter.clone() });
+        let context =
+            Arc::new(Context { devices: devices.clone(), console: console.clone(), reporter: reporter.clone() });
         let served = control.serve(listener, context);
         served.map_err(|source| WorkerError::Host { what: "serving the control socket", source })?;
     }
     reporter.note(&Note::Running { restored, engine });
     let mut run_loop = RunLoop {
         machine: &machine,
+        devices: devices.as_deref(),
         wakes: &wakes,
         bios: bios.as_deref(),
         options,
@@ -397,6 +399,7 @@ fn vp_started(options: &RunOptions) -> Option<VpStarted> {
 /// Waits for what happens, and does what it asks for.
 struct RunLoop<'a> {
     machine: &'a Machine,
+    devices: Option<&'a Devices>,
     wakes: &'a Receiver<Wake>,
     /// Generation 2: whose watchdog counts seconds.
     bios: Option<&'a BiosDevice>,
@@ -479,6 +482,7 @@ impl RunLoop<'_> {
                     return Ok(None);
                 };
                 self.machine.pause().map_err(WorkerError::Failed)?;
+                self.note_units();
                 save_to(self.machine, path)?;
                 Ok(Some(Outcome::Saved))
             }
@@ -541,6 +545,13 @@ impl RunLoop<'_> {
         }
     }
 
+    /// A restored machine begins with the units that there are now.
+    fn note_units(&self) {
+        if let Some(devices) = self.devices {
+            self.machine.set_storage(devices.units.list());
+        }
+    }
+
     /// Writes the state. If that fails (a full disk), the machine is what it was before.
     fn save(&mut self, answer: impl FnOnce(Result<(), String>)) -> Result<Option<Outcome>, WorkerError> {
         let Some(path) = &self.options.save else {
@@ -548,6 +559,7 @@ impl RunLoop<'_> {
             return Ok(None);
         };
         self.machine.pause().map_err(WorkerError::Failed)?;
+        self.note_units();
         self.reporter.set(State::Saving);
         if let Err(error) = save_to(self.machine, path) {
             let text = error.to_string();

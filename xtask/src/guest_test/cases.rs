@@ -1,6 +1,9 @@
 //! The list of guest tests.
 
+use super::hosted::Stage;
+use super::hyperv;
 use crate::initramfs::Contents;
+use anyhow::Result;
 
 /// One test.
 pub struct Case {
@@ -46,6 +49,12 @@ pub struct Boot {
     pub programs: &'static [(&'static str, &'static str)],
     /// More options of `viridian run`.
     pub options: &'static [&'static str],
+    /// Programs go to a root file system on the first disk; the image has only what brings it up.
+    pub on_disk: bool,
+    /// Further things of the catalogue that the host's side needs.
+    pub host_tools: &'static [&'static str],
+    /// Counters of `--stats` with the least value at the end.
+    pub counters: &'static [(&'static str, u64)],
 }
 
 /// Typed text.
@@ -70,6 +79,8 @@ pub enum Expect {
     TripleFault,
     /// On a terminal: raw while the guest has it, the documented key leaves, and the settings come back.
     Terminal,
+    /// The guest's script and the host work together.
+    Scenario(fn(&Stage) -> Result<()>),
     /// Saved when this text appears, restored by another process, where it goes on to a verdict of PASS.
     SaveAndRestore(&'static str),
 }
@@ -108,21 +119,33 @@ impl Boot {
             modules: &[],
             programs: &[],
             options: &[],
+            on_disk: false,
+            host_tools: &[],
+            counters: &[],
         }
     }
 
     /// Catalogue names of the tools that the image needs.
     pub fn tools(&self) -> impl Iterator<Item = &'static str> {
-        self.programs.iter().map(|(tool, _)| *tool)
+        self.programs.iter().map(|(tool, _)| *tool).chain(self.host_tools.iter().copied())
     }
 
     /// What goes into the image.
     pub fn contents(&self) -> Contents {
         Contents {
             modules: self.modules.iter().map(|m| (*m).to_owned()).collect(),
-            programs: self.programs.iter().map(|(tool, path)| ((*tool).to_owned(), (*path).to_owned())).collect(),
+            programs: if self.on_disk { Vec::new() } else { self.all_programs() },
             ..Contents::default()
         }
+    }
+
+    /// What goes into the root file system, if there is one.
+    pub fn root_contents(&self) -> Contents {
+        Contents { programs: self.all_programs(), ..Contents::default() }
+    }
+
+    fn all_programs(&self) -> Vec<(String, String)> {
+        self.programs.iter().map(|(tool, path)| ((*tool).to_owned(), (*path).to_owned())).collect()
     }
 }
 
@@ -130,6 +153,89 @@ const KERNELS: &[&str] = &["bookworm-cloud", "bookworm-generic", "trixie-cloud"]
 /// The script `check true`.
 const CHECK_TRUE: &str = "viridian.run=Y2hlY2sgdHJ1ZQo=";
 const STRESS: &[(&str, &str)] = &[("stress-ng", "usr/bin/stress-ng")];
+
+const HYPERV: &[&str] = &["hv_vmbus", "sd_mod", "hv_storvsc", "hv_utils"];
+const HYPERV_DISKS: &[&str] = &["hv_vmbus", "sd_mod", "sr_mod", "hv_storvsc", "hv_utils", "isofs"];
+const HYPERV_SERVICES: &[&str] = &["hv_vmbus", "sd_mod", "hv_storvsc", "hv_utils", "dummy"];
+/// Counters of a guest with one processor, and with more: only then are there others to interrupt and to flush.
+const ON_ONE: &[(&str, u64)] = &[("timer_expirations", 50), ("events_from_guest", 50), ("messages_from_guest", 10)];
+const ON_MANY: &[(&str, u64)] = &[
+    ("timer_expirations", 50),
+    ("events_from_guest", 50),
+    ("messages_from_guest", 10),
+    ("ipi_hypercalls", 100),
+    ("flush_hypercalls", 1000),
+];
+const DISK_PROGRAMS: &[(&str, &str)] = &[
+    ("fio", "usr/bin/fio"),
+    ("disk-tools", "sbin/mke2fs"),
+    ("disk-tools", "sbin/resize2fs"),
+    ("eject", "usr/bin/eject"),
+];
+const DAEMONS: &[(&str, &str)] = &[
+    ("hyperv-daemons", "usr/sbin/hv_kvp_daemon"),
+    ("hyperv-daemons", "usr/sbin/hv_vss_daemon"),
+    ("hyperv-daemons", "usr/sbin/hv_fcopy_daemon"),
+    ("disk-tools", "sbin/mke2fs"),
+];
+const SAVE_PROGRAMS: &[(&str, &str)] =
+    &[("fio", "usr/bin/fio"), ("disk-tools", "sbin/mke2fs"), ("hyperv-daemons", "usr/sbin/hv_fcopy_daemon")];
+
+/// Scenarios of Hyper-V's devices in which the host takes part.
+fn hyperv_scenarios() -> Vec<Case> {
+    let scenario = |name: &str, boot: Boot| Case {
+        name: format!("hyperv/{name}"),
+        long: false,
+        viridian_only: true,
+        work: Work::Boot(Box::new(boot)),
+    };
+    vec![
+        scenario(
+            "disks",
+            Boot {
+                expect: Expect::Scenario(hyperv::disks),
+                modules: HYPERV_DISKS,
+                programs: DISK_PROGRAMS,
+                on_disk: true,
+                counters: &[("scsi_sub_channel_commands", 500), ("flush_hypercalls", 500), ("ipi_hypercalls", 100)],
+                ..Boot::new(
+                    "bookworm-cloud",
+                    3,
+                    "quiet viridian.root=/dev/sda viridian.test=hyperv-disks viridian.args=3 viridian.after=wait",
+                )
+            },
+        ),
+        scenario(
+            "services",
+            Boot {
+                expect: Expect::Scenario(hyperv::services),
+                modules: HYPERV_SERVICES,
+                programs: DAEMONS,
+                ..Boot::new("bookworm-cloud", 2, "quiet viridian.test=hyperv-services viridian.after=wait")
+            },
+        ),
+        scenario(
+            "save-in-use",
+            Boot {
+                expect: Expect::Scenario(hyperv::save),
+                modules: HYPERV,
+                programs: SAVE_PROGRAMS,
+                on_disk: true,
+                ..Boot::new("bookworm-cloud", 3, "quiet viridian.root=/dev/sda viridian.test=hyperv-save")
+            },
+        ),
+        scenario(
+            "power-cut",
+            Boot {
+                expect: Expect::Scenario(hyperv::cut),
+                modules: HYPERV,
+                programs: DISK_PROGRAMS,
+                host_tools: &["disk-tools"],
+                ..Boot::new("bookworm-cloud", 2, "quiet viridian.test=hyperv-cut viridian.args=cut")
+            },
+        ),
+    ]
+}
 
 /// All tests. `long_seconds` is the duration of the long stress run.
 pub fn all(long_seconds: u32) -> Vec<Case> {
@@ -214,7 +320,9 @@ pub fn all(long_seconds: u32) -> Vec<Case> {
             &format!("hyperv/{kernel}/{processors}vp"),
             Boot {
                 disk_mib: Some(128),
-                modules: &["hv_vmbus", "sd_mod", "hv_storvsc", "hv_utils"],
+                modules: HYPERV,
+                programs: STRESS,
+                counters: if processors == 1 { ON_ONE } else { ON_MANY },
                 ..Boot::new(kernel, processors, format!("viridian.test=hyperv viridian.args={processors}"))
             },
         );
@@ -235,6 +343,7 @@ pub fn all(long_seconds: u32) -> Vec<Case> {
         case.viridian_only = true;
         cases.push(case);
     }
+    cases.extend(hyperv_scenarios());
     let stress = |seconds: u32| Boot {
         programs: STRESS,
         seconds: 300 + 6 * seconds,

@@ -2,6 +2,8 @@
 //! and by how the program ends.
 
 mod cases;
+mod hosted;
+mod hyperv;
 mod special;
 mod usage;
 
@@ -139,11 +141,15 @@ fn run_case(case: &Case, bench: &Bench) -> Result<()> {
             let limit = Duration::from_secs(u64::from(boot.seconds) * u64::from(bench.patience));
             let result = match &boot.expect {
                 Expect::Terminal => special::terminal(bench.contender, &vm, &log, limit),
+                Expect::Scenario(act) => act(&hosted::Stage { bench, boot, vm: &vm, log: &log, limit }),
                 Expect::SaveAndRestore(when) => special::save_and_restore(bench.contender, &vm, when, &log, limit),
                 _ => {
                     let mut command = bench.contender.command(&vm);
                     let image = log.with_extension("vhdx");
                     command.args(boot.options);
+                    if !boot.counters.is_empty() {
+                        command.arg("--stats");
+                    }
                     if let Some(mib) = boot.disk_mib {
                         add_disk(&mut command, &image, mib)?;
                     }
@@ -204,7 +210,8 @@ fn judge_end(
             let modules: Vec<_> = session.text().lines().filter(|l| l.starts_with("VIRIDIAN-MODULE: FAIL")).collect();
             anyhow::ensure!(verdict.starts_with("PASS"), "the guest says {verdict}");
             anyhow::ensure!(modules.is_empty(), "{}", modules.join(", "));
-            power_off(session, bench)
+            power_off(session, bench)?;
+            hosted::check_counters(session.text(), boot.counters)
         }
         Expect::Text(wanted) => {
             for want in *wanted {
@@ -225,7 +232,9 @@ fn judge_end(
             anyhow::ensure!(verdict.starts_with("PASS"), "before the reset the guest says {verdict}");
             Ok(())
         }
-        Expect::Terminal | Expect::SaveAndRestore(_) => anyhow::bail!("this case has a procedure of its own"),
+        Expect::Terminal | Expect::SaveAndRestore(_) | Expect::Scenario(_) => {
+            anyhow::bail!("this case has a procedure of its own")
+        }
         Expect::TripleFault => {
             let event = session.wait_for(left(), |_| false)?;
             anyhow::ensure!(

@@ -148,6 +148,7 @@ pub const CATALOGUE: &[Item] = &[
     program("stress-ng", &["stress-ng"], "load and verify: stress-ng with its libraries"),
     program("qemu", &["qemu-system-x86"], "QEMU, the yardstick of `bench`; not needed to run guests"),
     program("programs", PROGRAMS, "compiler, Python and text tools that `bench cpu` runs"),
+    program("eject", &["eject"], "opens the guest's DVD drive"),
     program("fio", &["fio"], "disk load with verification"),
     program("hyperv-daemons", &["hyperv-daemons"], "guest daemons for KVP, VSS and file copy"),
     program("network", &["iproute2", "iperf3", "isc-dhcp-client", "ethtool"], "network tools for guests"),

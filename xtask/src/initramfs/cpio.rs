@@ -4,7 +4,10 @@
 //! the same bytes on every machine, and no root is needed for device nodes.
 
 use std::collections::BTreeMap;
+use std::fs;
 use std::io::{self, Write};
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 
 /// File type bits of `st_mode`.
 const DIRECTORY: u32 = 0o040_000;
@@ -85,6 +88,26 @@ impl Archive {
             entry(out, path, number, mode, device, data)?;
         }
         entry(out, "TRAILER!!!", 0, 0, (0, 0), &[])
+    }
+
+    /// Writes the tree into a folder. Device nodes are left out: they need root, and the guest's kernel makes its own.
+    ///
+    /// # Errors
+    /// When something cannot be written.
+    pub fn write_tree(&self, folder: &Path) -> io::Result<()> {
+        for (path, node) in &self.nodes {
+            let path = folder.join(path);
+            match node {
+                Node::Directory => fs::create_dir_all(&path)?,
+                Node::File { data, mode } => {
+                    fs::write(&path, data)?;
+                    fs::set_permissions(&path, fs::Permissions::from_mode(*mode))?;
+                }
+                Node::Link(target) => std::os::unix::fs::symlink(target, &path)?,
+                Node::Character { .. } => {}
+            }
+        }
+        Ok(())
     }
 }
 

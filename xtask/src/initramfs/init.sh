@@ -5,7 +5,8 @@
 #   viridian.test=NAME        run /tests/NAME (tests/guest/NAME.sh of the repository)
 #   viridian.run=BASE64       run this script
 #   viridian.args=A,B,...     arguments of the script
-#   viridian.after=poweroff|reboot|shell    what follows (default: poweroff)
+#   viridian.after=poweroff|reboot|shell|wait    what follows (default: poweroff); wait: for the host to do something
+#   viridian.root=DEVICE      go on in the root file system on this device
 # With neither test nor run: a shell on the console.
 export PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM="${TERM:-vt100}"
 echo "VIRIDIAN-INIT"
@@ -19,19 +20,36 @@ mount -t tmpfs run /run
 hostname viridian
 ip link set lo up 2>/dev/null
 
-test_name= run= args= after=poweroff
+test_name= run= args= after=poweroff root=
 for word in $(cat /proc/cmdline); do
     case $word in
     viridian.test=*) test_name=${word#*=} ;;
     viridian.run=*) run=${word#*=} ;;
     viridian.args=*) args=$(echo "${word#*=}" | tr , ' ') ;;
     viridian.after=*) after=${word#*=} ;;
+    viridian.root=*) root=${word#*=} ;;
     esac
 done
 
 while read -r module; do
     insmod "/lib/viridian/modules/$module" || echo "VIRIDIAN-MODULE: FAIL $module"
 done < /lib/viridian/modules.list
+
+# In the initramfs the root is a tmpfs or ramfs, and the mark of the real root file system is not there.
+if [ -n "$root" ] && [ ! -e /lib/viridian/root ]; then
+    tries=0
+    while [ ! -b "$root" ] && [ $tries -lt 100 ]; do
+        sleep 0.1
+        tries=$((tries + 1))
+    done
+    mkdir -p /root.new
+    if mount -t ext4 "$root" /root.new; then
+        umount /dev/pts /dev/shm /run /dev /sys /proc
+        exec switch_root /root.new /init
+    fi
+    echo "VIRIDIAN-VERDICT: FAIL there is no root file system on $root"
+    poweroff -f
+fi
 
 script=
 if [ -n "$test_name" ]; then
@@ -57,6 +75,7 @@ fi
 sleep 0.2
 case $after in
 reboot) reboot -f ;;
+wait) sleep 600 ;;
 shell) setsid cttyhack sh -l ;;
 esac
 poweroff -f

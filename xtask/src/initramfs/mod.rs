@@ -4,6 +4,7 @@
 //! An image is named after its contents (SHA-256 of the uncompressed archive), so an image that is there is right.
 
 pub mod cpio;
+pub mod disks;
 mod modules;
 mod programs;
 
@@ -47,6 +48,12 @@ pub fn build(guests: &Guests, kernel: &Kernel, contents: &Contents) -> Result<Pa
     let mut archive = Archive::default();
     add_base(&mut archive, guests)?;
     add_tests(&mut archive)?;
+    add_modules(&mut archive, kernel, contents)?;
+    add_contents(&mut archive, guests, contents)?;
+    store(guests, &archive, contents.uncompressed)
+}
+
+fn add_modules(archive: &mut Archive, kernel: &Kernel, contents: &Contents) -> Result<()> {
     let mut list = String::new();
     if !contents.modules.is_empty() {
         for module in Modules::open(&kernel.modules)?
@@ -58,16 +65,20 @@ pub fn build(guests: &Guests, kernel: &Kernel, contents: &Contents) -> Result<Pa
         }
     }
     archive.file("lib/viridian/modules.list", 0o644, list);
+    Ok(())
+}
+
+fn add_contents(archive: &mut Archive, guests: &Guests, contents: &Contents) -> Result<()> {
     for (tool, path) in &contents.folders {
-        programs::add_folder(&mut archive, &contents.under, &guests.tool(tool), path)?;
+        programs::add_folder(archive, &contents.under, &guests.tool(tool), path)?;
     }
     for (tool, path) in &contents.programs {
-        programs::add_program(&mut archive, &contents.under, &guests.tool(tool), path)?;
+        programs::add_program(archive, &contents.under, &guests.tool(tool), path)?;
     }
     for (path, mode, data) in &contents.files {
         archive.file(path, *mode, data.clone());
     }
-    store(guests, &archive, contents.uncompressed)
+    Ok(())
 }
 
 fn add_base(archive: &mut Archive, guests: &Guests) -> Result<()> {
@@ -89,12 +100,19 @@ fn add_base(archive: &mut Archive, guests: &Guests) -> Result<()> {
     archive.add("dev/null", Node::Character { major: 1, minor: 3 });
     archive.file("etc/passwd", 0o644, "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n");
     archive.file("etc/group", 0o644, "root:x:0:\nnogroup:x:65534:\n");
+    archive.file("etc/hosts", 0o644, "127.0.0.1 localhost\n127.0.1.1 viridian\n");
     archive.file(
         "etc/profile",
         0o644,
         "PS1='viridian:\\w# '\nalias poweroff='poweroff -f' reboot='reboot -f' halt='halt -f'\n",
     );
     archive.file("init", 0o755, INIT);
+    // What the kernel runs when the host asks for a shutdown or a restart (the driver's orderly_poweroff).
+    for (name, command) in [("poweroff", "poweroff"), ("reboot", "reboot")] {
+        let text =
+            format!("#!/bin/sh\necho VIRIDIAN-NOTE: /sbin/{name} > /dev/console\nsync\nexec busybox {command} -f\n");
+        archive.file(&format!("sbin/{name}"), 0o755, text);
+    }
     archive.file("lib/viridian/run.sh", 0o644, RUN);
     Ok(())
 }

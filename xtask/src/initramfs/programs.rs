@@ -16,6 +16,8 @@ const LIBRARY_DIRS: &[&str] =
 #[derive(Debug, Default)]
 struct Needs {
     libraries: Vec<String>,
+    /// Folders of `DT_RUNPATH` and `DT_RPATH`, relative to the root. (`$ORIGIN` is not expanded: no package needs it.)
+    folders: Vec<String>,
     interpreter: Option<String>,
 }
 
@@ -36,7 +38,8 @@ pub fn add_program(archive: &mut Archive, under: &str, tree: &Path, path: &str) 
             }
         }
         for library in needs.libraries {
-            let Some(found) = LIBRARY_DIRS.iter().map(|d| format!("{d}/{library}")).find(|p| exists(tree, p)) else {
+            let folders = LIBRARY_DIRS.iter().copied().chain(needs.folders.iter().map(String::as_str));
+            let Some(found) = folders.map(|d| format!("{d}/{library}")).find(|p| exists(tree, p)) else {
                 bail!("{user} needs {library}, which is not in {}", tree.display());
             };
             if !archive.contains(&join(under, &found)) {
@@ -122,10 +125,20 @@ fn needs(data: &[u8]) -> Result<Needs> {
             .iter()
             .find_map(|s| s.data_range(endian, data, strings, value(object::elf::DT_STRSZ)?).ok()?)
             .context("no dynamic string table")?;
-        for entry in entries.iter().filter(|e| e.tag(endian) == object::elf::DT_NEEDED) {
+        for entry in entries {
+            let tag = entry.tag(endian);
+            if !matches!(tag, object::elf::DT_NEEDED | object::elf::DT_RUNPATH | object::elf::DT_RPATH) {
+                continue;
+            }
             let start = usize::try_from(entry.d_val(endian))?;
-            let name = table.get(start..).and_then(|t| t.split(|b| *b == 0).next()).context("bad library name")?;
-            needs.libraries.push(String::from_utf8_lossy(name).into_owned());
+            let text =
+                table.get(start..).and_then(|t| t.split(|b| *b == 0).next()).context("bad string of a library")?;
+            let text = String::from_utf8_lossy(text).into_owned();
+            if tag == object::elf::DT_NEEDED {
+                needs.libraries.push(text);
+            } else {
+                needs.folders.extend(text.split(':').map(|f| f.trim_start_matches('/').to_owned()));
+            }
         }
     }
     Ok(needs)

@@ -4,6 +4,7 @@ use super::set::{self, Settings};
 use super::target::absolute;
 use crate::failure::{Failure, Outcome, print_json};
 use clap::Args as ClapArgs;
+use machine::IoLimits;
 use std::path::PathBuf;
 use vmms::config::{Disk, Drive, Kernel, VmConfig};
 use vmms::{Store, size};
@@ -61,7 +62,7 @@ pub fn run(store: &Store, args: Args) -> Outcome {
     for disk in args.disk {
         let image = absolute(disk)?;
         vmms::lifecycle::chain(&image).map_err(Failure::from)?;
-        config.disks.push(Disk { controller: 0, lun: next()?, image });
+        config.disks.push(Disk { controller: 0, lun: next()?, image, limits: IoLimits::default() });
     }
     for dvd in args.dvd {
         let image = if dvd.as_os_str().is_empty() { None } else { Some(absolute(dvd)?) };
@@ -81,7 +82,9 @@ pub fn run(store: &Store, args: Args) -> Outcome {
         let options = vhd::CreateOptions::dynamic_vhdx(bytes);
         vhd::create(&folder.join("disk0.vhdx"), &options)?;
         // Where it will be when the folder has its name.
-        config.disks.insert(0, Disk { controller: 0, lun, image: last.join("disks/disk0.vhdx") });
+        config
+            .disks
+            .insert(0, Disk { controller: 0, lun, image: last.join("disks/disk0.vhdx"), limits: IoLimits::default() });
         Ok(())
     })?;
     if args.json {

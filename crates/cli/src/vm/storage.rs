@@ -2,15 +2,16 @@
 //! worker may open no files but its own: images are opened here and handed over.
 
 use super::target::{Target, absolute};
-use crate::failure::{Failure, Outcome};
+use crate::failure::{Failure, Outcome, print_json};
+use crate::table;
 use clap::{Args as ClapArgs, Subcommand};
-use machine::{StorageUnit, UnitKind};
+use machine::{IoLimits, StorageUnit, UnitKind};
 use std::path::{Path, PathBuf};
 use vmms::config::{Disk, Drive, VmConfig};
 use vmms::{Store, Vm};
 use worker::control::Client;
 use worker::control::client::open_images;
-use worker::control::schema::{Place, State};
+use worker::control::schema::{Place, State, Unit};
 
 /// `vm disk`.
 #[derive(Subcommand)]
@@ -25,6 +26,29 @@ pub enum DiskCommand {
         place: PlaceArgs,
         /// The image
         image: PathBuf,
+    },
+    /// List the disks and drives of a machine that runs: sizes, discs, limits and alerts
+    List {
+        /// The VM, or a machine of `viridian run --name`
+        name: String,
+        /// Answer in JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Change a disk's size while the VM runs (`viridian vhd resize` does it while it is off)
+    Resize {
+        #[command(flatten)]
+        place: PlaceArgs,
+        /// The new size: a number with K, M, G or T
+        #[arg(value_parser = vmms::size::parse)]
+        size: u64,
+    },
+    /// Limit a disk's operations; limits that are not given are none
+    Limit {
+        #[command(flatten)]
+        place: PlaceArgs,
+        #[command(flatten)]
+        limits: LimitArgs,
     },
 }
 
@@ -44,6 +68,25 @@ pub struct AddArgs {
     /// Add a DVD drive
     #[arg(long)]
     dvd: bool,
+    #[command(flatten)]
+    limits: LimitArgs,
+}
+
+/// Limits of a disk, in operations of 8 KiB a second.
+#[derive(ClapArgs)]
+pub struct LimitArgs {
+    /// Fewer than this, while requests wait, is an alert: `viridian vm disk list` shows it
+    #[arg(long, value_name = "IOPS", value_parser = clap::value_parser!(u32).range(1..))]
+    minimum: Option<u32>,
+    /// No more than this
+    #[arg(long, value_name = "IOPS", value_parser = clap::value_parser!(u32).range(1..))]
+    maximum: Option<u32>,
+}
+
+impl LimitArgs {
+    fn get(&self) -> IoLimits {
+        IoLimits { minimum: self.minimum, maximum: self.maximum }
+    }
 }
 
 /// Which unit of which machine.
@@ -159,7 +202,52 @@ pub fn disk(store: &Store, command: DiskCommand) -> Outcome {
         DiskCommand::Add(args) => add(store, args),
         DiskCommand::Remove(args) => remove(store, &args),
         DiskCommand::Set { place, image } => set(store, &place, image),
+        DiskCommand::List { name, json } => list(store, &name, json),
+        DiskCommand::Resize { place, size } => resize(store, &place, size),
+        DiskCommand::Limit { place, limits } => limit(store, &place, limits.get()),
     }
+}
+
+fn list(store: &Store, name: &str, json: bool) -> Outcome {
+    let client = Target::find(store, name)?.client()?;
+    let units = client.storage()?;
+    if json {
+        return print_json(&units);
+    }
+    let iops = |text: &str, value: Option<u32>| value.map(|v| format!(", {text} {v} IOPS")).unwrap_or_default();
+    let line = |u: &Unit| {
+        let what = match (u.kind, u.size) {
+            (UnitKind::Disk, size) => format!("disk, {} bytes", size.unwrap_or(0)),
+            (UnitKind::Dvd, _) => format!("DVD drive, {}", if u.medium { "with a disc" } else { "empty" }),
+        };
+        let limits = iops("at least", u.limits.minimum) + &iops("at most", u.limits.maximum);
+        let alert = u.alert.map(|a| format!("; alert: {} IOPS, {} s below the minimum", a.got, a.count));
+        (format!("{}:{}", u.controller, u.lun), what + &limits + &alert.unwrap_or_default())
+    };
+    table::print_pairs(&units.iter().map(line).collect::<Vec<_>>());
+    Ok(())
+}
+
+fn resize(store: &Store, args: &PlaceArgs, size: u64) -> Outcome {
+    let client = Target::find(store, &args.name)?.client()?;
+    Ok(client.resize(Place { controller: args.controller, lun: args.lun }, size)?)
+}
+
+fn limit(store: &Store, args: &PlaceArgs, limits: IoLimits) -> Outcome {
+    let both = Both::find(store, &args.name)?;
+    let place = Place { controller: args.controller, lun: args.lun };
+    both.change(
+        |client| Ok(client.limit(place, limits)?),
+        |_| {},
+        |config| {
+            let disk = config.disks.iter_mut().find(|d| (d.controller, d.lun) == (place.controller, place.lun));
+            let none =
+                || vmms::Error::Config(format!("controller {} has no disk at unit {}", place.controller, place.lun));
+            disk.ok_or_else(none)?.limits = limits;
+            Ok(())
+        },
+        &format!("unit {} of controller {} has new limits", place.lun, place.controller),
+    )
 }
 
 fn add(store: &Store, args: AddArgs) -> Outcome {
@@ -186,8 +274,8 @@ fn add(store: &Store, args: AddArgs) -> Outcome {
     if let Some(image) = &image {
         vmms::lifecycle::chain(image)?;
     }
-    let controller = args.controller;
-    let unit = StorageUnit { controller, lun, kind, image: image.clone() };
+    let (controller, limits) = (args.controller, args.limits.get());
+    let unit = StorageUnit { controller, lun, kind, image: image.clone(), limits };
     let shown = image.as_ref().map_or("an empty drive".into(), |i| i.display().to_string());
     both.change(
         |client| {
@@ -198,7 +286,9 @@ fn add(store: &Store, args: AddArgs) -> Outcome {
         |client| drop(client.detach(Place { controller, lun })),
         |config| {
             match (kind, &image) {
-                (UnitKind::Disk, Some(image)) => config.disks.push(Disk { controller, lun, image: image.clone() }),
+                (UnitKind::Disk, Some(image)) => {
+                    config.disks.push(Disk { controller, lun, image: image.clone(), limits })
+                }
                 _ => config.drives.push(Drive { controller, lun, image: image.clone() }),
             }
             Ok(())

@@ -99,10 +99,10 @@ pub(crate) fn copy(source: &Disk, target: &Disk, end: u64, what: What, progress:
     if let Some(e) = failure.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
         return Err(e.into());
     }
-    if cancelled {
+    // A small copy may be over before it was asked the first time.
+    if cancelled || !progress(end, end) {
         return Err(Error::Cancelled);
     }
-    progress(end, end);
     Ok(())
 }
 

@@ -4,7 +4,7 @@ use super::http::{self, HttpError, Reader};
 use super::schema::{self, VERSION};
 use super::server::short_address;
 use base64::Engine as _;
-use machine::StorageUnit;
+use machine::{IoLimits, StorageUnit};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::fs::File;
@@ -250,6 +250,22 @@ impl Client {
     /// When the guest has locked the tray, or there is no disc.
     pub fn eject(&self, drive: schema::Place, force: bool) -> Result<(), ClientError> {
         self.post("storage/eject", &schema::Eject { drive, force }, &[], LONG)
+    }
+
+    /// Changes a disk's size while the guest uses it.
+    ///
+    /// # Errors
+    /// When the size is not possible, or too small for what the disk holds.
+    pub fn resize(&self, disk: schema::Place, size: u64) -> Result<(), ClientError> {
+        self.post("storage/resize", &schema::Resize { disk, size }, &[], LONG)
+    }
+
+    /// Limits a disk.
+    ///
+    /// # Errors
+    /// When there is no such disk.
+    pub fn limit(&self, disk: schema::Place, limits: IoLimits) -> Result<(), ClientError> {
+        self.post("storage/limit", &schema::Limit { disk, limits }, &[], LONG)
     }
 
     /// The serial console: a connection whose bytes are the port's, and what has come with the answer. With `history`,

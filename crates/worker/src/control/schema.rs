@@ -1,6 +1,6 @@
 //! What goes over the control socket. Every type here is part of the interface that docs/control.md describes.
 
-use machine::{StorageUnit, UnitKind};
+use machine::{IoLimits, StorageUnit, UnitKind};
 use serde::{Deserialize, Serialize};
 use std::path::PathBuf;
 
@@ -258,6 +258,44 @@ pub struct Unit {
     pub kind: UnitKind,
     /// For a drive: whether there is a disc in it.
     pub medium: bool,
+    /// For a disk: its size in bytes.
+    #[serde(default)]
+    pub size: Option<u64>,
+    /// For a disk: its limits.
+    #[serde(default)]
+    pub limits: IoLimits,
+    /// The disk has had less than its minimum since the limits were set.
+    #[serde(default)]
+    pub alert: Option<LimitAlert>,
+}
+
+/// A disk's minimum was missed, with requests waiting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LimitAlert {
+    /// Operations of 8 KiB in the second that was looked at last.
+    pub got: u32,
+    /// How many seconds were below the minimum.
+    pub count: u64,
+}
+
+/// `POST /v1/storage/resize`: changes a disk's size while the guest uses it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Resize {
+    /// The disk.
+    pub disk: Place,
+    /// The new size in bytes. Smaller than its content is refused.
+    pub size: u64,
+}
+
+/// `POST /v1/storage/limit`: limits a disk; limits of before no longer count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Limit {
+    /// The disk.
+    pub disk: Place,
+    /// Its limits.
+    pub limits: IoLimits,
 }
 
 /// The body of every answer that is not a success.

@@ -3,16 +3,14 @@
 use super::http::{self, HttpError, Reader, Request};
 use super::schema::{self, State};
 use crate::console::Console;
-use crate::hyperv::{self, Devices};
+use crate::hyperv::Devices;
 use crate::reporter::Reporter;
 use crate::run::Order;
 use crate::screen;
 use base64::Engine as _;
-use machine::UnitKind;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::fs::File;
-use std::io::BufReader;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::{DirBuilderExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -23,7 +21,6 @@ use std::time::Duration;
 use vsp::filecopy::CopyOptions;
 use vsp::kvp::Pool;
 use vsp::shutdown::ShutdownKind;
-use vsp::storage::Unit;
 
 /// Clients at once.
 const MOST_CLIENTS: usize = 32;
@@ -312,8 +309,7 @@ fn copy_file(devices: &Devices, file: File, what: &schema::Copy) -> Result<Vec<u
     let (directory, name) = what.target.rsplit_once('/').ok_or_else(bad)?;
     let directory = if directory.is_empty() { "/" } else { directory };
     let options = CopyOptions { overwrite: what.overwrite, create_path: what.create_path };
-    let mut reader = BufReader::new(file);
-    done(devices.file_copy.copy(&mut reader, metadata.len(), directory, name, options, &mut |_| {}))
+    done(devices.file_copy.copy(file, metadata.len(), directory, name, options, &mut |_| {}))
 }
 
 fn describe_guest(devices: &Devices) -> schema::Guest {
@@ -352,54 +348,32 @@ fn storage(
     files: Vec<OwnedFd>,
     devices: &Devices,
 ) -> Result<Vec<u8>, Refusal> {
-    let controller_of = |number: u32| {
-        devices.storage.get(&number).ok_or_else(|| conflict(format!("there is no SCSI controller {number}")))
-    };
-    let drive = |place: schema::Place| match controller_of(place.controller)?.unit(place.lun) {
-        Some(Unit::Dvd(drive)) => Ok(drive),
-        Some(Unit::Disk(_)) => Err(conflict(format!("unit {} is a disk, not a DVD drive", place.lun))),
-        None => Err(conflict(format!("controller {} has no unit {}", place.controller, place.lun))),
-    };
+    let units = &devices.units;
     match (method, path) {
-        ("GET", "storage") => {
-            let mut units = Vec::new();
-            for (controller, device) in &devices.storage {
-                for lun in 0..64 {
-                    let (kind, medium) = match device.unit(lun) {
-                        Some(Unit::Disk(_)) => (UnitKind::Disk, true),
-                        Some(Unit::Dvd(drive)) => (UnitKind::Dvd, drive.has_medium()),
-                        None => continue,
-                    };
-                    units.push(schema::Unit { controller: *controller, lun, kind, medium });
-                }
-            }
-            json(&units)
-        }
+        ("GET", "storage") => json(&units.describe()),
         ("POST", "storage/attach") => {
             let what: schema::Attach = body(request)?;
-            let controller = controller_of(what.unit.controller)?;
-            let unit = hyperv::unit(&what.unit, given(what.files, files)?).map_err(conflict)?;
-            done(controller.attach(what.unit.lun, unit))
+            done(units.attach(what.unit, given(what.files, files)?))
         }
         ("POST", "storage/detach") => {
             let place: schema::Place = body(request)?;
-            let found = controller_of(place.controller)?.detach(place.lun);
-            let none = || conflict(format!("controller {} has no unit {}", place.controller, place.lun));
-            found.map(|_| b"{}".to_vec()).ok_or_else(none)
+            done(units.detach(place.controller, place.lun))
         }
         ("POST", "storage/insert") => {
             let what: schema::Insert = body(request)?;
-            let drive = drive(what.drive)?;
-            let disc = hyperv::open(&what.image, false, given(what.files, files)?).map_err(conflict)?;
-            done(drive.insert(disc))
+            done(units.insert(what.drive.controller, what.drive.lun, what.image, given(what.files, files)?))
         }
         ("POST", "storage/eject") => {
             let what: schema::Eject = body(request)?;
-            match drive(what.drive)?.eject(what.force) {
-                Ok(Some(_)) => Ok(b"{}".to_vec()),
-                Ok(None) => Err(conflict("the drive is empty")),
-                Err(error) => Err(conflict(error)),
-            }
+            done(units.eject(what.drive.controller, what.drive.lun, what.force))
+        }
+        ("POST", "storage/resize") => {
+            let what: schema::Resize = body(request)?;
+            done(units.resize(what.disk.controller, what.disk.lun, what.size))
+        }
+        ("POST", "storage/limit") => {
+            let what: schema::Limit = body(request)?;
+            done(units.limit(what.disk.controller, what.disk.lun, what.limits))
         }
         (method, path) => Err(unknown(method, path, &["storage", "storage/attach", "storage/detach"])),
     }
