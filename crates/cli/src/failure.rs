@@ -38,12 +38,6 @@ impl From<worker::control::client::ClientError> for Failure {
     }
 }
 
-impl From<vhd::Error> for Failure {
-    fn from(error: vhd::Error) -> Self {
-        vmms::Error::from(error).into()
-    }
-}
-
 /// The end of a command.
 pub fn report(outcome: Outcome) -> ExitCode {
     match outcome {

@@ -50,7 +50,7 @@ pub enum Error {
     Config(String),
     /// An image of no use.
     #[error("{0}")]
-    Image(#[from] vhd::Error),
+    Image(String),
     /// Somebody else is at it.
     #[error("another command is changing {0}; try again when it has ended")]
     Busy(String),
@@ -90,6 +90,12 @@ fn hint(error: &std::io::Error) -> &'static str {
             "; choose a store of your own with --store, or become the user that owns this one"
         }
         _ => "",
+    }
+}
+
+impl From<(&Path, vhd::Error)> for Error {
+    fn from((path, error): (&Path, vhd::Error)) -> Self {
+        Self::Image(worker::units::image_error(path, &error))
     }
 }
 

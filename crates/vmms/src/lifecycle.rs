@@ -21,6 +21,8 @@ use worker::control::schema::{self, State};
 
 /// A worker's log that is larger than this is put aside at the next start.
 const MOST_LOG: u64 = 1 << 20;
+/// How long a worker may take to say how it is before it is stopped.
+const ASKED: Duration = Duration::from_secs(10);
 /// How long a worker that says it ends may take to be gone.
 const END_TIME: Duration = Duration::from_secs(30);
 
@@ -204,7 +206,6 @@ impl Vm {
             .stdout(Stdio::piped())
             .stderr(log)
             .current_dir(self.folder())
-            .process_group(0)
             .spawn()
             .map_err(Error::io(program, "start a worker from"))?;
         let pipe = child.stdout.take();
@@ -259,7 +260,7 @@ impl Vm {
     /// # Errors
     /// When its state does not allow it, the guest does not do it, or not in time.
     pub fn stop(&self, how: Stop, limit: Duration) -> Result<()> {
-        let status = self.status(Duration::from_secs(10));
+        let status = self.status(ASKED);
         match (status.state, how) {
             (State::Saved, Stop::TurnOff) if status.record.is_none() => return self.discard_state(),
             (state @ (State::Off | State::Saved), _) if status.record.is_none() => {
@@ -270,7 +271,12 @@ impl Vm {
         let client = self.client();
         match how {
             Stop::TurnOff => {
-                if let Err(error) = client.order("turn-off") {
+                // One that has just kept somebody waiting is not asked again.
+                let asked = match &status.trouble {
+                    Some(_) => Err(ClientError::Hangs { seconds: ASKED.as_secs() }),
+                    None => client.order("turn-off"),
+                };
+                if let Err(error) = asked {
                     self.kill(status.record.as_ref(), &error)?;
                 }
                 if !self.await_end(END_TIME) {
@@ -390,6 +396,6 @@ impl Vm {
 /// An image and its parents, all of them there and of use.
 pub fn chain(image: &Path) -> Result<Vec<PathBuf>> {
     let look = vhd::OpenOptions { lock: Some(vhd::Lock::None), io: vhd::Io::Blocking, ..Default::default() };
-    let disk = vhd::Disk::open(image, &look)?;
+    let disk = vhd::Disk::open(image, &look).map_err(|e| (image, e))?;
     Ok(std::iter::once(image.to_path_buf()).chain(disk.info().parents.iter().cloned()).collect())
 }

@@ -34,6 +34,12 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|e| e.into_inner())
 }
 
+/// What is wrong with an image, with its path, which not every error names.
+pub fn image_error(path: &Path, error: &vhd::Error) -> String {
+    let (text, path) = (error.to_string(), path.display().to_string());
+    if text.contains(&path) { text } else { format!("{path}: {text}") }
+}
+
 /// Images that somebody else has opened, by path.
 pub type Given = Vec<(PathBuf, File)>;
 
@@ -41,7 +47,7 @@ pub type Given = Vec<(PathBuf, File)>;
 fn open(path: &Path, write: bool, given: Given) -> Result<Arc<Disk>, String> {
     let files = (!given.is_empty()).then(|| Arc::new(given));
     let options = OpenOptions { write, files, ..OpenOptions::default() };
-    Disk::open(path, &options).map(Arc::new).map_err(|e| e.to_string())
+    Disk::open(path, &options).map(Arc::new).map_err(|e| image_error(path, &e))
 }
 
 impl Units {

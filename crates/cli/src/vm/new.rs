@@ -80,7 +80,8 @@ pub fn run(store: &Store, args: Args) -> Outcome {
             source,
         })?;
         let options = vhd::CreateOptions::dynamic_vhdx(bytes);
-        vhd::create(&folder.join("disk0.vhdx"), &options)?;
+        let image = folder.join("disk0.vhdx");
+        vhd::create(&image, &options).map_err(|e| (image.as_path(), e))?;
         // Where it will be when the folder has its name.
         config
             .disks

@@ -10,7 +10,6 @@ use std::path::{Path, PathBuf};
 use vmms::config::{Disk, Drive, VmConfig};
 use vmms::{Store, Vm};
 use worker::control::Client;
-use worker::control::client::open_images;
 use worker::control::schema::{Place, State, Unit};
 
 /// `vm disk`.
@@ -196,6 +195,11 @@ impl Both {
     }
 }
 
+/// Opens an image and its parents.
+fn open(image: &Path, write: bool) -> Result<Vec<(PathBuf, std::fs::File)>, vmms::Error> {
+    worker::control::client::open_images(image, write).map_err(|e| (image, e).into())
+}
+
 /// `vm disk`.
 pub fn disk(store: &Store, command: DiskCommand) -> Outcome {
     match command {
@@ -280,7 +284,7 @@ fn add(store: &Store, args: AddArgs) -> Outcome {
     both.change(
         |client| {
             let write = kind == UnitKind::Disk;
-            let files = image.as_ref().map(|i| open_images(i, write)).transpose()?.unwrap_or_default();
+            let files = image.as_ref().map(|i| open(i, write)).transpose()?.unwrap_or_default();
             Ok(client.attach(unit, files)?)
         },
         |client| drop(client.detach(Place { controller, lun })),
@@ -366,7 +370,7 @@ pub fn dvd(store: &Store, command: DvdCommand) -> Outcome {
 }
 
 fn insert(client: &Client, place: Place, image: &Path) -> Outcome {
-    Ok(client.insert(place, image, open_images(image, false)?)?)
+    Ok(client.insert(place, image, open(image, false)?)?)
 }
 
 fn disc(config: &mut VmConfig, place: Place, image: Option<&Path>) -> Result<(), vmms::Error> {

@@ -39,7 +39,11 @@ impl Target {
             Self::Machine(client) => Ok(client.clone()),
             Self::Vm(vm) => {
                 let status = vm.status(std::time::Duration::from_secs(5));
-                if let Some(trouble) = &status.trouble {
+                if let Some(trouble) = status.trouble {
+                    if status.record.is_some() {
+                        let advice = "`vm stop --turn-off` ends it if it stays so";
+                        return Err(Error::Timeout(format!("'{}': {trouble}; {advice}", vm.label())).into());
+                    }
                     eprintln!("note: {trouble}");
                 }
                 if status.record.is_none() {

@@ -16,6 +16,8 @@ use thiserror::Error;
 
 /// Answers that need no work in the guest.
 const SOON: Duration = Duration::from_secs(10);
+/// Answers that wait for requests in flight.
+const PAUSE: Duration = Duration::from_secs(60);
 /// Answers that wait for the guest, or for a disk.
 const LONG: Duration = Duration::from_secs(600);
 
@@ -124,7 +126,12 @@ impl Client {
     /// # Errors
     /// When the machine's state does not allow it.
     pub fn order(&self, order: &str) -> Result<(), ClientError> {
-        let limit = if order == "turn-off" { self.soon } else { LONG };
+        let limit = match order {
+            "turn-off" => self.soon,
+            // Requests in flight end first.
+            "pause" | "resume" | "reset" | "power-button" => PAUSE,
+            _ => LONG,
+        };
         self.post(&format!("machine/{order}"), &serde_json::json!({}), &[], limit)
     }
 
