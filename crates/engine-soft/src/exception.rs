@@ -2,6 +2,7 @@
 //! mode; section 6.14 for long mode), and what a delivery does to debug registers and shadows.
 
 use crate::segmentation::{is_null, selector_error};
+use crate::stats::Count;
 use crate::vp::{Exec, Fault, SoftVp, attention};
 use partition::Activity;
 use std::sync::atomic::Ordering;
@@ -44,6 +45,7 @@ pub(crate) struct Event {
 /// For #DB, the conditions in `pending_debug` move to DR6.
 pub fn deliver(vp: &mut SoftVp, fault: Fault) {
     let Some((number, error)) = note(vp, fault) else { return };
+    vp.counts.add(if number == vector::PF { Count::PageFaults } else { Count::Exceptions }, 1);
     deliver_exception(vp, number, error);
 }
 

@@ -22,6 +22,7 @@ pub mod segmentation;
 pub mod signals;
 pub mod stack;
 pub mod state;
+pub mod stats;
 pub mod system;
 pub mod task;
 pub mod timers;

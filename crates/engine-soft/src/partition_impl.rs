@@ -100,6 +100,9 @@ pub struct VpShared {
     pub(crate) exits: AtomicU64,
     pub(crate) interrupts: AtomicU64,
     pub(crate) halts: AtomicU64,
+    /// Host TSC ticks in exits.
+    pub(crate) exit_ticks: AtomicU64,
+    pub(crate) counts: crate::stats::Published,
 }
 
 /// A partition of the software engine.
@@ -219,6 +222,8 @@ impl SoftPartition {
                 exits: AtomicU64::new(0),
                 interrupts: AtomicU64::new(0),
                 halts: AtomicU64::new(0),
+                exit_ticks: AtomicU64::new(0),
+                counts: crate::stats::Published::default(),
             });
         }
         let memory = config.memory.clone();
@@ -569,13 +574,12 @@ impl Partition for SoftPartition {
 
     fn stats(&self) -> EngineStats {
         let sum = |f: fn(&VpShared) -> &AtomicU64| self.vps.iter().map(|vp| f(vp).load(Ordering::Relaxed)).sum();
-        EngineStats {
-            instructions: sum(|vp| &vp.instructions),
-            counters: vec![
-                ("exits", sum(|vp| &vp.exits)),
-                ("interrupts", sum(|vp| &vp.interrupts)),
-                ("halts", sum(|vp| &vp.halts)),
-            ],
-        }
+        let mut counters = vec![
+            ("exits", sum(|vp| &vp.exits)),
+            ("interrupts", sum(|vp| &vp.interrupts)),
+            ("halts", sum(|vp| &vp.halts)),
+        ];
+        counters.extend(crate::stats::report(self.vps.iter().map(|vp| &vp.counts), sum(|vp| &vp.runtime)));
+        EngineStats { instructions: sum(|vp| &vp.instructions), counters }
     }
 }

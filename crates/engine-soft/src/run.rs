@@ -4,6 +4,7 @@ use crate::apic::event;
 use crate::exception;
 use crate::interp;
 use crate::partition_impl::{SoftPartition, set_current};
+use crate::stats::Count;
 use crate::timers::NEVER;
 use crate::vp::{Fault, NoExits, SoftVp, attention};
 use crate::wake::exact_timers;
@@ -26,6 +27,8 @@ pub struct RunState {
     idle_any: bool,
     /// PAUSE instructions since the last yield.
     pauses: u32,
+    /// Calls from translated code.
+    pub(crate) calls: u32,
     /// A panic that must not unwind through translated code.
     pub(crate) panic: Option<Box<dyn std::any::Any + Send>>,
 }
@@ -110,7 +113,8 @@ impl SoftVp {
     }
 
     fn leave(&mut self) {
-        let shared = self.partition.shared(self.index);
+        let partition = self.partition.clone();
+        let shared = partition.shared(self.index);
         shared.waker.set_inside(false);
         let entered = shared.entered.swap(0, Ordering::Relaxed);
         if entered != 0 {
@@ -120,8 +124,25 @@ impl SoftVp {
         self.publish();
     }
 
-    fn publish(&self) {
-        self.partition.shared(self.index).instructions.store(self.s.instructions, Ordering::Relaxed);
+    fn publish(&mut self) {
+        if let Some(t) = &self.translator {
+            for (what, n) in
+                [Count::Blocks, Count::Translated, Count::CacheFlushes, Count::Dropped].into_iter().zip(t.stats)
+            {
+                self.counts.set(what, n);
+            }
+        }
+        self.counts.set(Count::Walks, self.mmu.walks);
+        let exit_ticks = self.partition.shared(self.index).exit_ticks.load(Ordering::Relaxed);
+        self.counts.set(Count::ExitTicks, exit_ticks);
+        for (what, n) in
+            [Count::Verified, Count::Unverified, Count::Retried, Count::FlagsLost].into_iter().zip(self.verify.counts)
+        {
+            self.counts.set(what, n);
+        }
+        let shared = self.partition.shared(self.index);
+        shared.instructions.store(self.s.instructions, Ordering::Relaxed);
+        shared.counts.store(&self.counts);
     }
 
     /// Sees to everything that other threads have raised. `Some`: `run` returns.
@@ -327,19 +348,22 @@ struct Shim<'a> {
 struct Outside<'a> {
     shim: &'a Shim<'a>,
     was_inside: bool,
+    begun: u64,
 }
 
 impl Shim<'_> {
     fn outside(&self) -> Outside<'_> {
         let shared = self.partition.shared(self.index);
         shared.exits.fetch_add(1, Ordering::Relaxed);
-        Outside { shim: self, was_inside: shared.waker.set_inside(false) }
+        Outside { shim: self, was_inside: shared.waker.set_inside(false), begun: host_tsc() }
     }
 }
 
 impl Drop for Outside<'_> {
     fn drop(&mut self) {
-        self.shim.partition.shared(self.shim.index).waker.set_inside(self.was_inside);
+        let shared = self.shim.partition.shared(self.shim.index);
+        shared.waker.set_inside(self.was_inside);
+        shared.exit_ticks.fetch_add(host_tsc().wrapping_sub(self.begun), Ordering::Relaxed);
     }
 }
 

@@ -42,6 +42,7 @@ impl SoftVp {
             activity: Activity::Running,
             pending_exception: None,
             pending_interrupt: None,
+            counts: crate::stats::Counts::default(),
             verify: crate::translate::verify::Verify::default(),
             run: RunState::default(),
             partition,

@@ -215,6 +215,8 @@ pub struct SoftVp {
     pub pending_exception: Option<partition::PendingException>,
     /// An interrupt acknowledged but not delivered.
     pub pending_interrupt: Option<u8>,
+    /// Counters.
+    pub counts: crate::stats::Counts,
     /// What [`crate::translate::verify`] keeps.
     pub verify: crate::translate::verify::Verify,
     /// What the run loop remembers.

@@ -10,6 +10,7 @@ pub mod phys;
 pub mod tlb;
 pub mod walk;
 
+use crate::stats::Count;
 use crate::vp::{Exec, Fault, SoftVp};
 use partition::GuestMemory;
 use phys::PhysMap;
@@ -259,18 +260,21 @@ impl SoftVp {
 
     /// Drops all translations.
     pub fn flush_tlb_all(&mut self) {
+        self.counts.add(Count::FullFlushes, 1);
         self.mmu.each_set(TlbSet::flush_all);
         self.s.tlb.code_epoch += 1;
     }
 
     /// Drops all translations but those of global pages.
     pub fn flush_tlb_non_global(&mut self) {
+        self.counts.add(Count::FullFlushes, 1);
         self.mmu.each_set(TlbSet::flush_local);
         self.s.tlb.code_epoch += 1;
     }
 
     /// INVLPG: drops the translations of one address, global or not, in every address space.
     pub fn invlpg(&mut self, la: u64) {
+        self.counts.add(Count::PageFlushes, 1);
         self.mmu.each_set(|set| set.invalidate(la));
         self.s.tlb.code_epoch += 1;
     }
@@ -349,7 +353,9 @@ impl SoftVp {
             }
         };
         let user = &mut mmu.users[chosen];
-        if found.is_none() || !keep {
+        let kept = found.is_some() && keep;
+        self.counts.add(if kept { Count::SpacesKept } else { Count::SpacesFlushed }, 1);
+        if !kept {
             user.set.flush_local();
         }
         user.pcid = pcid;

@@ -6,8 +6,10 @@ use super::kernel::{self, Mode};
 use super::lower::lower;
 use super::thunks::{self, Helpers, Thunks};
 use crate::interp;
+use crate::stats::Count;
 use crate::vp::{CodeSize, SoftVp, VpBlock, attention};
 use partition::Activity;
+use partition::clock::host_tsc;
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::Ordering;
@@ -24,6 +26,7 @@ thread_local! {
 unsafe extern "C" fn interpret(vp: *mut SoftVp, len: u64) -> u64 {
     // SAFETY: translated code passes the VP that `run` stored, and `run` does not use its reference meanwhile.
     let vp = unsafe { &mut *vp };
+    vp.counts.add(Count::Interpreted, 1);
     guarded(vp, |vp| {
         let (expected, cpl) = (vp.s.rip.wrapping_add(len), vp.s.cpl);
         if vp.s.jit.verify != 0 {
@@ -45,6 +48,13 @@ unsafe extern "C" fn interpret(vp: *mut SoftVp, len: u64) -> u64 {
 unsafe extern "C" fn advance(vp: *mut SoftVp, value: u64, code: u64) -> u64 {
     // SAFETY: as in `interpret`; `execute` stored the translator and does not use its reference meanwhile.
     let (vp, t) = unsafe { (&mut *vp, (*vp).s.jit.translator as *mut Translator) };
+    let what = match code {
+        thunks::code::DIRECT => Count::Direct,
+        thunks::code::INTERPRET => Count::System,
+        thunks::code::TABLE => Count::Table,
+        _ => Count::Diverted,
+    };
+    vp.counts.add(what, 1);
     guarded(vp, |vp| {
         // SAFETY: see above.
         let t = unsafe { &mut *t };
@@ -100,9 +110,18 @@ fn translates(vp: &SoftVp) -> bool {
     vp.s.code_size == CodeSize::Bits64 && matches!(vp.s.cpl, 0 | 3) && kernel::assumed(vp) == vp.s.jit.assumed
 }
 
+/// One call in this many is timed.
+const CALLS_A_SAMPLE: u32 = 64;
+
 /// A panic must not unwind through translated code: it is kept for [`run`] to go on with.
 fn guarded(vp: &mut SoftVp, f: impl FnOnce(&mut SoftVp) -> u64) -> u64 {
-    match catch_unwind(AssertUnwindSafe(|| f(vp))) {
+    vp.run.calls = vp.run.calls.wrapping_add(1);
+    let begun = vp.run.calls.is_multiple_of(CALLS_A_SAMPLE).then(host_tsc);
+    let result = catch_unwind(AssertUnwindSafe(|| f(vp)));
+    if let Some(begun) = begun {
+        vp.counts.add(Count::CallTicks, host_tsc().wrapping_sub(begun) * u64::from(CALLS_A_SAMPLE));
+    }
+    match result {
         Ok(value) => value,
         Err(panic) => {
             vp.run.panic = Some(panic);
@@ -196,7 +215,10 @@ fn run_with(vp: &mut SoftVp, t: &mut Translator) {
             continue;
         }
         let entry = t.entry(block);
+        let begun = host_tsc();
         let (code, value) = execute(vp, t, entry);
+        vp.counts.add(Count::Leaves, 1);
+        vp.counts.add(Count::CodeTicks, host_tsc().wrapping_sub(begun));
         if let Some(panic) = vp.run.panic.take() {
             resume_unwind(panic);
         }
@@ -252,7 +274,10 @@ pub(super) fn find(vp: &mut SoftVp, t: &mut Translator) -> Option<u32> {
     if let Some(block) = t.find(key) {
         return Some(block);
     }
-    translate(vp, t, key, page.host)
+    let begun = host_tsc();
+    let block = translate(vp, t, key, page.host);
+    vp.counts.add(Count::TranslateTicks, host_tsc().wrapping_sub(begun));
+    block
 }
 
 fn translate(vp: &mut SoftVp, t: &mut Translator, key: Key, host: *const u8) -> Option<u32> {
