@@ -341,7 +341,7 @@ impl SoftVp {
             return Ok(Some((la.wrapping_add(addend) as *mut u8, len)));
         }
         if self.alignment_checked() || self.mmu.dry.is_some() {
-            // Element by element, so that each is checked.
+            // Element by element, so that each is checked (or can be taken back).
             return Ok(None);
         }
         let intent = if write { Intent::Write } else { Intent::Read };

@@ -9,9 +9,10 @@
 
 use super::JitState;
 use super::classify::Kind;
-use super::emit::{A, Asm, B, C, RAX, SP, cc};
+use super::emit::{A, Asm, B, C, RAX, RCX, SP, cc};
 use super::lower::{Lower, gpr, host, jit};
 use crate::mmu::TlbPointers;
+use crate::mmu::tlb::{SLOTS, TlbEntry};
 use crate::vp::{SoftVp, VpBlock};
 use crate::{native, xstate};
 use iced_x86::{Code, Instruction, OpKind, Register};
@@ -46,6 +47,12 @@ pub enum System {
     ReadBase(u8),
     /// WRFSBASE, WRGSBASE (64 bits).
     WriteBase(u8),
+    /// REP STOS: log2 of the element's size.
+    RepStos(u8),
+    /// REP MOVS: log2 of the element's size.
+    RepMovs(u8),
+    /// BT, BTS, BTR, BTC of memory by a register of 4 (`false`) or 8 bytes: the bit may lie anywhere.
+    BitString(bool),
 }
 
 /// What translations rely on.
@@ -90,6 +97,9 @@ pub fn refine(i: &Instruction, kind: Kind, mode: Mode, bmi2: bool) -> Kind {
 fn refine_system(i: &Instruction, kind: Kind, mode: Mode, bmi2: bool) -> Kind {
     use Code::*;
     let base = |seg: usize| u8::try_from(seg).unwrap_or(0);
+    if let Some(system) = string(i) {
+        return Kind::System(system);
+    }
     let system = match i.code() {
         Pushfq => System::Pushf,
         Rdtsc if bmi2 && (mode.kernel || !mode.tsd) => System::Rdtsc,
@@ -115,6 +125,37 @@ fn refine_system(i: &Instruction, kind: Kind, mode: Mode, bmi2: bool) -> Kind {
         _ => return kind,
     };
     Kind::System(system)
+}
+
+/// String and bit-string instructions that are lowered in line, at every level.
+fn string(i: &Instruction) -> Option<System> {
+    use Code::*;
+    // With 32-bit addresses the sum would have to wrap.
+    let narrow = i.memory_base().size() == 4 || i.memory_index().size() == 4;
+    let absolute = i.memory_base() == Register::None && i.memory_index() == Register::None;
+    let bits = |wide: bool| {
+        let plain = i.op0_kind() == OpKind::Memory && !narrow && !absolute;
+        plain.then_some(System::BitString(wide))
+    };
+    let size = match i.code() {
+        Stosb_m8_AL | Movsb_m8_m8 => 0,
+        Stosw_m16_AX | Movsw_m16_m16 => 1,
+        Stosd_m32_EAX | Movsd_m32_m32 => 2,
+        Stosq_m64_RAX | Movsq_m64_m64 => 3,
+        Bt_rm32_r32 | Bts_rm32_r32 | Btr_rm32_r32 | Btc_rm32_r32 => return bits(false),
+        Bt_rm64_r64 | Bts_rm64_r64 | Btr_rm64_r64 | Btc_rm64_r64 => return bits(true),
+        _ => return None,
+    };
+    if !(i.has_rep_prefix() || i.has_repne_prefix()) || i.op0_kind() != OpKind::MemoryESRDI {
+        return None;
+    }
+    match i.op1_kind() {
+        OpKind::MemorySegRSI if !matches!(i.memory_segment(), Register::FS | Register::GS) => {
+            Some(System::RepMovs(size))
+        }
+        OpKind::Register => Some(System::RepStos(size)),
+        _ => None,
+    }
 }
 
 /// Does the instruction, executed by the interpreter, read or write the vector state's image? If not, the state may stay
@@ -256,7 +297,119 @@ impl Lower<'_> {
                 });
                 self.hot.store_gs(A, base_of(seg));
             }
+            System::RepStos(size) | System::RepMovs(size) => {
+                self.repeated(size, matches!(system, System::RepMovs(_)));
+            }
+            System::BitString(wide) => self.bit_string(i, wide),
         }
+    }
+
+    /// REP STOS and REP MOVS upwards inside a page on each side: the host's own, on host addresses.
+    fn repeated(&mut self, size: u8, moves: bool) {
+        const RSI: u8 = 6;
+        const RDI: u8 = 7;
+        let keep = self.before_clobber();
+        let h = &mut self.hot;
+        let mut slow = Vec::new();
+        if keep {
+            h.store_gs(RAX, jit!(rax));
+            h.bs(&[0x9f, 0x0f, 0x90, 0xc0]); // lahf; seto al
+        }
+        h.bs(&[0x65, 0xf6, 0x04, 0x25]); // test byte gs:[rflags + 1], DF
+        h.d(offset_of!(VpBlock, rflags) as u32 + 1);
+        h.b((rflags::DF >> 8) as u8);
+        slow.push(h.jcc(cc::NE, 0));
+        h.alu_imm(true, 7, RCX, 4096 >> size); // cmp rcx, a page's elements
+        slow.push(h.jcc(cc::A, 0));
+        let sides: &[(u8, usize)] = if moves {
+            &[(RSI, offset_of!(TlbEntry, tag_r)), (RDI, offset_of!(TlbEntry, tag_w))]
+        } else {
+            &[(RDI, offset_of!(TlbEntry, tag_w))]
+        };
+        for &(pointer, tag) in sides {
+            h.mov(B, pointer);
+            h.bs(&[0x49, 0xc1, 0xea, 7]); // shr r10, 7
+            h.alu_imm(false, 4, B, ((SLOTS - 1) << 5) as i32);
+            h.gs(true, 0x03, B, offset_of!(VpBlock, tlb) + offset_of!(TlbPointers, data));
+            h.mov(C, pointer);
+            h.op_mem(0x2b, C, B, tag as i32);
+            h.alu_imm(true, 7, C, 4095);
+            slow.push(h.jcc(cc::A, 0));
+            h.lea(true, C, Some(C), RCX, 1 << size, 0);
+            h.alu_imm(true, 7, C, 4096);
+            slow.push(h.jcc(cc::A, 0));
+            h.load(A, B, offset_of!(TlbEntry, addend) as i32);
+            if pointer == RSI {
+                h.store_gs(A, jit!(temporary));
+            }
+        }
+        if keep {
+            Self::restore_flags(h);
+        }
+        // From here on without touching flags. A: addend of the destination, B: of the source.
+        if moves {
+            h.load_gs(B, jit!(temporary));
+            h.lea(true, RSI, Some(RSI), B, 1, 0);
+        }
+        h.lea(true, RDI, Some(RDI), A, 1, 0);
+        h.b(0xf3);
+        match (size, moves) {
+            (0, true) => h.b(0xa4),
+            (0, false) => h.b(0xaa),
+            (1, true) => h.bs(&[0x66, 0xa5]),
+            (1, false) => h.bs(&[0x66, 0xab]),
+            (2, true) => h.b(0xa5),
+            (2, false) => h.b(0xab),
+            (_, true) => h.bs(&[0x48, 0xa5]),
+            (_, false) => h.bs(&[0x48, 0xab]),
+        }
+        h.bs(&[0x49, 0xf7, 0xd1]); // not r9
+        h.lea(true, RDI, Some(RDI), A, 1, 1);
+        if moves {
+            h.bs(&[0x49, 0xf7, 0xd2]); // not r10
+            h.lea(true, RSI, Some(RSI), B, 1, 1);
+        }
+        self.slow.extend(slow.into_iter().map(|at| (at, keep)));
+    }
+
+    /// BT and its relatives on memory: finds the word that holds the bit, then does it there with the bit's number in it.
+    fn bit_string(&mut self, i: &Instruction, wide: bool) {
+        let writes = !matches!(i.code(), Code::Bt_rm32_r32 | Code::Bt_rm64_r64);
+        let n = i.op1_register().number() as u8;
+        let (size, shift) = if wide { (8, 6) } else { (4, 5) };
+        self.address(i);
+        match host(n) {
+            Some(h) => self.hot.mov(B, h),
+            None => self.hot.load_gs(B, gpr(n)),
+        }
+        self.clobbering(|h| {
+            if !wide {
+                h.bs(&[0x4d, 0x63, 0xd2]); // movsxd r10, r10d
+            }
+            h.bs(&[0x49, 0xc1, 0xfa, shift]); // sar r10, 6
+            None
+        });
+        self.hot.lea(true, A, Some(A), B, size, 0);
+        self.check(size.into(), writes);
+        match host(n) {
+            Some(h) => self.hot.mov(C, h),
+            None => self.hot.load_gs(C, gpr(n)),
+        }
+        self.clobbering(|h| {
+            h.alu_imm(false, 4, C, i32::from(8 * size - 1));
+            None
+        });
+        if i.has_lock_prefix() {
+            self.hot.b(0xf0);
+        }
+        let op = match i.code() {
+            Code::Bt_rm32_r32 | Code::Bt_rm64_r64 => 0xa3,
+            Code::Bts_rm32_r32 | Code::Bts_rm64_r64 => 0xab,
+            Code::Btr_rm32_r32 | Code::Btr_rm64_r64 => 0xb3,
+            _ => 0xbb,
+        };
+        // op [r9], r11
+        self.hot.bs(&[if wide { 0x4d } else { 0x45 }, 0x0f, op, 0x19]);
     }
 
     /// PUSHFQ. What follows may read the flags: they are in the host's register and stay there.

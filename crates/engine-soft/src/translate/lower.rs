@@ -364,7 +364,7 @@ impl Lower<'_> {
     }
 
     /// Loads A with the linear address of the memory operand.
-    fn address(&mut self, i: &Instruction) {
+    pub(super) fn address(&mut self, i: &Instruction) {
         self.address_into(A, i, false);
         let segment = i.memory_segment();
         if matches!(segment, Register::FS | Register::GS) {
@@ -821,6 +821,15 @@ mod tests {
             lower(0x1000, code, &|_| flags::ALL, &features, kernel::Mode::default(), &thunks, 0x10_0000, 0x20_0000, 0)
                 .unwrap();
         Decoder::with_ip(64, &l.hot.bytes, 0x10_0000, DecoderOptions::NONE).iter().map(|i| i.to_string()).collect()
+    }
+
+    #[test]
+    fn string_instructions_are_the_hosts_own() {
+        // rep stosq; rep movsb; bt [rdi], r11; hlt
+        let text = hot(&[0xf3, 0x48, 0xab, 0xf3, 0xa4, 0x4c, 0x0f, 0xa3, 0x1f, 0xf4]);
+        for want in ["rep stos %rax,(%rdi)", "rep movsb (%rsi),(%rdi)", "bt %r11,(%r9)", "and $0x3F,%r11d"] {
+            assert!(text.iter().any(|t| t == want), "{want}: {text:#?}");
+        }
     }
 
     #[test]
