@@ -18,6 +18,7 @@ pub mod bytes;
 pub mod devpath;
 pub mod fat;
 pub mod guid;
+pub mod hii;
 pub mod iso9660;
 pub mod partition;
 pub mod pe;

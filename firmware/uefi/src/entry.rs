@@ -84,6 +84,7 @@ extern "C" fn main() -> ! {
     crate::runtime::init();
     crate::acpi::init();
     crate::misc::init();
+    crate::hii::init();
     crate::console::init();
     crate::vmbus::init();
     crate::boot::run()

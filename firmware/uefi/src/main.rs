@@ -37,6 +37,7 @@ mod event;
 mod fs;
 mod handle;
 mod heap;
+mod hii;
 mod image;
 mod memory;
 mod misc;
