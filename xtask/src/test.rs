@@ -127,7 +127,21 @@ fn has_nextest() -> bool {
 fn run_step(step: &Step) -> Result<Tally> {
     println!("{}: cargo {}", step.name, step.arguments.join(" "));
     let started = Instant::now();
-    let mut child = Command::new(env!("CARGO"))
+    let mut command = Command::new(env!("CARGO"));
+    if step.name == NEXTEST.name {
+        // Secure Boot's rule is tested on real images, which are packages.
+        let guests = Guests::locate();
+        match guests.ensure(&["efi-images"]) {
+            Ok(()) => drop(command.env("VIRIDIAN_EFI_TREE", guests.tool("efi-images"))),
+            Err(error) => {
+                println!("  FAILED the images for Secure Boot's tests cannot be had: {error:#}");
+                let mut tally = Tally::default();
+                tally.count(false);
+                return Ok(tally);
+            }
+        }
+    }
+    let mut child = command
         .args(step.arguments)
         .current_dir(crate::workspace_root())
         .stdin(Stdio::null())

@@ -2,7 +2,7 @@
 //! databases of its `ovmf` package.
 //!
 //! The packages are unpacked (`dpkg-deb -x`) into one folder, which `VIRIDIAN_EFI_TREE` names; without it the tests say
-//! that they are skipped. `cargo xtask test` does not set it yet.
+//! that they are skipped. `cargo xtask test` fetches the packages and sets it.
 
 use std::path::PathBuf;
 use uefi_core::bytes::{array, u16_at, u32_at};

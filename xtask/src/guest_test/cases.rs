@@ -1,5 +1,6 @@
 //! The list of guest tests.
 
+use super::firmware::Scenario;
 use super::hosted::Stage;
 use super::hyperv;
 use crate::initramfs::Contents;
@@ -23,6 +24,8 @@ pub enum Work {
     Boot(Box<Boot>),
     /// Gives bad arguments.
     Usage,
+    /// Starts from the firmware.
+    Firmware(Scenario),
 }
 
 /// A boot and what must come of it.
@@ -91,6 +94,7 @@ impl Case {
         match &self.work {
             Work::Boot(boot) => boot.processors,
             Work::Usage => 1,
+            Work::Firmware(scenario) => scenario.processors(),
         }
     }
 }
@@ -101,6 +105,7 @@ impl Case {
         match &self.work {
             Work::Boot(boot) => boot.memory_mib,
             Work::Usage => 0,
+            Work::Firmware(_) => 1024,
         }
     }
 }
@@ -344,6 +349,14 @@ pub fn all(long_seconds: u32) -> Vec<Case> {
         cases.push(case);
     }
     cases.extend(hyperv_scenarios());
+    for scenario in Scenario::ALL {
+        cases.push(Case {
+            name: format!("firmware/{}", scenario.name()),
+            long: scenario.is_long(),
+            viridian_only: true,
+            work: Work::Firmware(scenario),
+        });
+    }
     let stress = |seconds: u32| Boot {
         programs: STRESS,
         seconds: 300 + 6 * seconds,

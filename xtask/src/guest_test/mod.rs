@@ -2,6 +2,7 @@
 //! and by how the program ends.
 
 mod cases;
+mod firmware;
 mod hosted;
 mod hyperv;
 mod special;
@@ -73,6 +74,9 @@ pub fn run(cases: &[Case], bench: &Bench) -> Result<Tally> {
             needed.push(boot.kernel);
             needed.extend(boot.tools());
         }
+        if let Work::Firmware(scenario) = &case.work {
+            needed.extend(scenario.needs());
+        }
     }
     needed.sort_unstable();
     needed.dedup();
@@ -127,6 +131,14 @@ fn add_disk(command: &mut Command, image: &Path, mib: u32) -> Result<()> {
 fn run_case(case: &Case, bench: &Bench) -> Result<()> {
     match &case.work {
         Work::Usage => usage::check(bench.contender),
+        Work::Firmware(scenario) => {
+            let folder = log_folder().join(case.name.replace('/', "-"));
+            let _ = std::fs::remove_dir_all(&folder);
+            std::fs::create_dir_all(&folder)?;
+            scenario.run(bench, &folder).with_context(|| format!("logs in {}", shown(&folder)))?;
+            let _ = std::fs::remove_dir_all(&folder);
+            Ok(())
+        }
         Work::Boot(boot) => {
             let kernel = bench.guests.kernel(boot.kernel)?;
             let initrd = initramfs::build(bench.guests, &kernel, &boot.contents())?;

@@ -158,7 +158,11 @@ pub const CATALOGUE: &[Item] = &[
         "make disks and file systems",
     ),
     program("mmdebstrap", &["mmdebstrap"], "make root file systems"),
-    program("efitools", &["efitools", "sbsigntool"], "sign and inspect EFI images; unsigned images for refusals"),
+    program(
+        "efitools",
+        &["efitools", "sbsigntool", "openssl"],
+        "sign and inspect EFI images; unsigned images for refusals",
+    ),
     files("seabios", "bookworm", &["seabios"], "generation 1 BIOS and video BIOS images"),
     Item {
         suite: "trixie",
@@ -169,6 +173,12 @@ pub const CATALOGUE: &[Item] = &[
     files("grub-efi", "bookworm", &["grub-efi-amd64-signed"], "second boot loader, signed by Debian"),
     files("shim-signed-13", "trixie", &["shim-signed", "shim-helpers-amd64-signed"], "the same of Debian 13"),
     files("grub-efi-13", "trixie", &["grub-efi-amd64-signed"], "the same of Debian 13"),
+    files(
+        "efi-images",
+        "trixie",
+        &["shim-signed", "grub-efi-amd64-signed", "efitools", "ovmf"],
+        "signed and unsigned images and key databases for tests of Secure Boot's rule",
+    ),
     system("debian-12-disk", Kind::Disk, "bookworm", SYSTEM, "Debian 12 on a GPT disk with the signed chain (VHDX)"),
     system("debian-13-disk", Kind::Disk, "trixie", SYSTEM, "Debian 13 on a GPT disk with the signed chain (VHDX)"),
     system("debian-12-dvd", Kind::Dvd, "bookworm", &[], "installer-style ISO of Debian 12 with the signed chain"),
