@@ -96,7 +96,7 @@ enum BenchWhat {
     Disk(BenchDiskArgs),
 }
 
-/// Virtual disks: conversions and streams of requests, against qemu-img.
+/// Virtual disks: conversions and streams of requests, against qemu-img; fio in guests, against QEMU.
 #[derive(clap::Args)]
 struct BenchDiskArgs {
     /// Rounds; the median counts
@@ -111,9 +111,12 @@ struct BenchDiskArgs {
     /// Requests in a stream
     #[arg(long, default_value_t = 40_000)]
     count: u64,
-    /// Cache mode of the streams, for both
-    #[arg(long, default_value = "writeback", value_parser = ["none", "writeback"])]
-    cache: String,
+    /// Cache modes of the streams, for both
+    #[arg(long, value_delimiter = ',', default_value = "writeback,none", value_parser = ["none", "writeback"])]
+    cache: Vec<String>,
+    /// Kernel of the catalogue for the guests that run fio; none leaves them out
+    #[arg(long, default_value = "bookworm-cloud")]
+    kernel: String,
 }
 
 /// Small loops and real programs: native, under QEMU and under Viridian, the same files everywhere.
@@ -230,7 +233,8 @@ fn run(cli: Cli) -> Result<ExitCode> {
             folder: args.folder.unwrap_or_else(|| workspace_root().join("target/bench-disk")),
             data_mib: args.data.max(1),
             count: args.count.max(1),
-            cache: args.cache,
+            caches: args.cache,
+            kernel: (args.kernel != "none").then_some(args.kernel),
         }),
         Xtask::Guests(args) => run_guests(&args),
         Xtask::Initramfs(args) => run_initramfs(args),

@@ -1,4 +1,7 @@
-//! `bench disk`: `viridian vhd` against `qemu-img`: conversions, and streams of 4 KiB requests on a dynamic VHDX.
+//! `bench disk`: `viridian vhd` against `qemu-img`: conversions, and streams of 4 KiB requests on a dynamic VHDX; and
+//! `fio` in a guest of each: synthetic SCSI on a dynamic VHDX here, virtio-scsi on a raw image under QEMU's code generator.
+
+mod guests;
 
 use super::Samples;
 use super::table::{Table, figure};
@@ -18,8 +21,10 @@ pub struct Options {
     pub data_mib: u64,
     /// Requests in a stream.
     pub count: u64,
-    /// `qemu-img`'s cache mode for both: none or writeback.
-    pub cache: String,
+    /// `qemu-img`'s cache modes for both, in turn: none, writeback.
+    pub caches: Vec<String>,
+    /// Kernel of the catalogue for the guests; none leaves them out.
+    pub kernel: Option<String>,
 }
 
 /// Distance of two requests: prime, so that the stream jumps over the whole disk like random access, the same for both.
@@ -33,10 +38,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let viridian = build_viridian(true)?;
     std::fs::create_dir_all(&options.folder)?;
     let at = |name: &str| options.folder.join(name);
-    let mut figures: Vec<(&str, Samples, Samples)> =
-        ["raw to VHDX, s", "VHDX to raw, s", "allocating writes, s", "overwrites, s", "reads, s"]
-            .map(|name| (name, Samples::default(), Samples::default()))
-            .into();
+    let mut rows = Rows::default();
     make_source(&at("source.img"), options.data_mib)?;
     for _ in 0..options.runs {
         for ours in [true, false] {
@@ -44,29 +46,22 @@ pub fn run(options: &Options) -> Result<ExitCode> {
             for p in [&vhdx, &raw] {
                 let _ = std::fs::remove_file(p);
             }
-            let mut note = |i: usize, seconds: f64| {
-                let (_, a, b) = &mut figures[i];
-                if ours { a.add(seconds) } else { b.add(seconds) }
-            };
-            note(0, convert(ours, &viridian, &at("source.img"), &vhdx)?);
-            note(1, convert(ours, &viridian, &vhdx, &raw)?);
-            std::fs::remove_file(&vhdx)?;
-            must(Command::new(&viridian).args(["vhd", "new"]).arg(&vhdx).arg("2G"))?;
-            for (i, write) in [(2, true), (3, true), (4, false)] {
-                note(i, stream(ours, &viridian, &vhdx, write, options)?);
+            rows.note("raw to VHDX", ours, convert(ours, &viridian, &at("source.img"), &vhdx)?);
+            rows.note("VHDX to raw", ours, convert(ours, &viridian, &vhdx, &raw)?);
+            for cache in &options.caches {
+                let _ = std::fs::remove_file(&vhdx);
+                must(Command::new(&viridian).args(["vhd", "new"]).arg(&vhdx).arg("2G"))?;
+                for (what, write) in [("allocating writes", true), ("overwrites", true), ("reads", false)] {
+                    let cost = stream(ours, &viridian, &vhdx, cache, write, options)?;
+                    rows.note(&format!("{what}, cache {cache}"), ours, cost);
+                }
             }
         }
     }
-    let mut table = Table::new(["", "viridian", "qemu-img", "ratio"]);
-    for (name, ours, theirs) in &figures {
-        let ratio = ours.median().zip(theirs.median()).map(|(a, b)| b / a);
-        table.row([(*name).to_string(), figure(ours.median()), figure(theirs.median()), figure(ratio)]);
+    rows.print("qemu-img", options.runs);
+    if let Some(kernel) = &options.kernel {
+        guests::run(&viridian, kernel, options)?;
     }
-    print!("{}", table.render());
-    println!(
-        "(medians of {} rounds; cache mode {}; a ratio above 1 is in viridian's favour)",
-        options.runs, options.cache
-    );
     for name in ["source.img", "target.vhdx", "target.img"] {
         let _ = std::fs::remove_file(at(name));
     }
@@ -94,20 +89,86 @@ fn format(path: &Path) -> &'static str {
     if path.extension().is_some_and(|e| e == "vhdx") { "vhdx" } else { "raw" }
 }
 
-/// Seconds of a conversion. `qemu-img` gets a cache mode in which it, too, ends only when its target is durable.
-fn convert(ours: bool, viridian: &Path, from: &Path, to: &Path) -> Result<f64> {
-    let started = Instant::now();
-    if ours {
-        must(Command::new(viridian).args(["vhd", "convert"]).arg(from).arg(to))?;
-    } else {
-        let options = ["convert", "-t", "writeback", "-f", format(from), "-O", format(to)];
-        must(Command::new("qemu-img").args(options).arg(from).arg(to))?;
-    }
-    Ok(started.elapsed().as_secs_f64())
+/// What a run has cost.
+#[derive(Clone, Copy)]
+struct Cost {
+    /// Seconds, as the program or the clock tells.
+    wall: f64,
+    /// Processor time in seconds, user and system, of the process and the kernel's work for it.
+    cpu: f64,
 }
 
-/// Seconds of a stream, as the program itself takes them: without its start and without closing the image.
-fn stream(ours: bool, viridian: &Path, image: &Path, write: bool, options: &Options) -> Result<f64> {
+/// Figures by name, in the order in which they came first.
+#[derive(Default)]
+struct Rows(Vec<(String, [(Samples, Samples); 2])>);
+
+impl Rows {
+    fn note(&mut self, name: &str, ours: bool, cost: Cost) {
+        let at = self.0.iter().position(|(n, _)| n == name).unwrap_or_else(|| {
+            self.0.push((name.to_owned(), Default::default()));
+            self.0.len() - 1
+        });
+        let (wall, cpu) = &mut self.0[at].1[usize::from(!ours)];
+        wall.add(cost.wall);
+        cpu.add(cost.cpu);
+    }
+
+    fn print(&self, other: &str, runs: u32) {
+        let heading = |what: &str| format!("{other} {what}");
+        let mut table = Table::new([
+            "".into(),
+            "viridian s".into(),
+            heading("s"),
+            "ratio".into(),
+            "CPU s".into(),
+            heading("CPU s"),
+            "ratio".into(),
+        ]);
+        for (name, [ours, theirs]) in &self.0 {
+            let ratio = |a: &Samples, b: &Samples| a.median().zip(b.median()).map(|(a, b)| b / a);
+            table.row([
+                name.clone(),
+                figure(ours.0.median()),
+                figure(theirs.0.median()),
+                figure(ratio(&ours.0, &theirs.0)),
+                figure(ours.1.median()),
+                figure(theirs.1.median()),
+                figure(ratio(&ours.1, &theirs.1)),
+            ]);
+        }
+        print!("{}", table.render());
+        println!("(medians of {runs} rounds; a ratio above 1 is in viridian's favour)");
+    }
+}
+
+/// Runs a command that must succeed; what it printed and cost.
+fn measured(command: &mut Command) -> Result<(String, Cost)> {
+    let (before, started) = (children_cpu()?, Instant::now());
+    let text = must(command)?;
+    Ok((text, Cost { wall: started.elapsed().as_secs_f64(), cpu: children_cpu()? - before }))
+}
+
+/// Processor time of all children that were waited for: fields 16 and 17 of `/proc/self/stat`, in ticks of 10 ms.
+fn children_cpu() -> Result<f64> {
+    let stat = std::fs::read_to_string("/proc/self/stat")?;
+    let (_, rest) = stat.rsplit_once(')').context("unexpected format of /proc/self/stat")?;
+    let fields: Vec<f64> = rest.split_whitespace().skip(13).take(2).filter_map(|f| f.parse().ok()).collect();
+    Ok(fields.iter().sum::<f64>() / 100.0)
+}
+
+/// A conversion. `qemu-img` gets a cache mode in which it, too, ends only when its target is durable.
+fn convert(ours: bool, viridian: &Path, from: &Path, to: &Path) -> Result<Cost> {
+    let (_, cost) = if ours {
+        measured(Command::new(viridian).args(["vhd", "convert"]).arg(from).arg(to))?
+    } else {
+        let options = ["convert", "-t", "writeback", "-f", format(from), "-O", format(to)];
+        measured(Command::new("qemu-img").args(options).arg(from).arg(to))?
+    };
+    Ok(cost)
+}
+
+/// A stream; its seconds as the program itself takes them: without its start and without closing the image.
+fn stream(ours: bool, viridian: &Path, image: &Path, cache: &str, write: bool, options: &Options) -> Result<Cost> {
     let mut command = if ours { Command::new(viridian) } else { Command::new("qemu-img") };
     if ours {
         command.args(["vhd", "bench"]);
@@ -115,11 +176,12 @@ fn stream(ours: bool, viridian: &Path, image: &Path, write: bool, options: &Opti
         command.args(["bench", "-f", "vhdx"]);
     }
     let (count, step) = (options.count.to_string(), STEP.to_string());
-    command.args(["-t", &options.cache, "-c", &count, "-d", "32", "-s", "4096", "-S", &step]);
+    command.args(["-t", cache, "-c", &count, "-d", "32", "-s", "4096", "-S", &step]);
     if write {
         command.arg("-w");
     }
-    let text = must(command.arg(image))?;
+    let (text, cost) = measured(command.arg(image))?;
     let seconds = text.split("Run completed in ").nth(1).and_then(|t| t.split(' ').next()).and_then(|t| t.parse().ok());
-    seconds.with_context(|| format!("no time in {text:?}"))
+    let wall = seconds.with_context(|| format!("no time in {text:?}"))?;
+    Ok(Cost { wall, ..cost })
 }
