@@ -205,6 +205,13 @@ impl IoApic {
         }
     }
 
+    /// The vector of an input that is not masked.
+    pub fn vector_of(&self, pin: u8) -> Option<u8> {
+        let state = lock(&self.state);
+        let entry = state.entries.get(usize::from(pin))?;
+        (entry & entry::MASKED == 0).then_some((entry & entry::VECTOR) as u8)
+    }
+
     /// A local APIC has broadcast the end of a level-triggered interrupt.
     pub fn eoi(&self, vector: u8) {
         let mut out = Vec::new();

@@ -19,6 +19,7 @@
 //! devices.
 #![forbid(unsafe_code)]
 
+pub mod backlog;
 pub mod debug_port;
 pub mod device;
 pub mod i8042;

@@ -287,6 +287,13 @@ impl Pic {
         Arc::new(move |high: bool| pic.set_input(irq, high))
     }
 
+    /// The vector of an input of the master that is not masked.
+    pub fn vector_of(&self, irq: u8) -> Option<u8> {
+        let state = lock(&self.state);
+        let chip = &state.chips[0];
+        (irq < 8 && chip.imr >> irq & 1 == 0).then_some(chip.base | irq)
+    }
+
     /// The INTA cycles: the vector of the interrupt that the processor takes. `None` if INTR has fallen meanwhile.
     pub fn acknowledge(&self) -> Option<u8> {
         self.with(|s| {

@@ -7,6 +7,7 @@
 //! A counter is not stepped: its value and its output are computed from the tick at which counting began. One tick is
 //! 88/105 µs (a third of the colour burst frequency, 1.193182 MHz).
 
+use crate::backlog::Backlog;
 use crate::device::{Device, DeviceError, PortIo, Request, SavedState, split_read, split_write};
 use crate::line::Line;
 use crate::timer::{Timer, TimerService, TimerTarget};
@@ -314,6 +315,8 @@ impl State {
 pub struct Pit {
     clock: Arc<Clock>,
     state: Mutex<State>,
+    /// Not part of the saved state: what a restored guest has missed is as if it had never been due.
+    backlog: Mutex<Backlog>,
     timer: Timer,
     irq: Line,
 }
@@ -323,7 +326,7 @@ impl Pit {
     pub fn new(timers: &TimerService, irq: Line) -> Arc<Self> {
         let clock = timers.clock().clone();
         let state = Mutex::new(State::new(ticks(&clock)));
-        let pit = Arc::new(Self { clock, state, timer: timers.timer(), irq });
+        let pit = Arc::new(Self { clock, state, backlog: Mutex::default(), timer: timers.timer(), irq });
         let target: Arc<dyn TimerTarget> = pit.clone();
         pit.timer.connect(Arc::downgrade(&target) as Weak<dyn TimerTarget>);
         pit
@@ -344,10 +347,25 @@ impl Pit {
         result
     }
 
-    /// Brings the line and the counters to `now`. Several missed edges are one: an edge-triggered input has one latch.
+    /// The guest has taken an interrupt of this timer. Only called where the engine can tell.
+    pub fn interrupt_taken(&self) {
+        if lock(&self.backlog).taken() {
+            self.with(|_, _| {
+                self.irq.set(false);
+                self.irq.set(true);
+            });
+        }
+    }
+
+    /// Brings the line and the counters to `now`. Several missed edges are one, because an edge-triggered input has one
+    /// latch; the others wait in the backlog.
     fn catch_up(&self, state: &mut State, now: u64) {
         let seen = std::mem::replace(&mut state.seen, now);
-        if state.channels[0].next_rise(seen).is_some_and(|at| at <= now) {
+        let channel = &state.channels[0];
+        if let Some(at) = channel.next_rise(seen).filter(|at| *at <= now) {
+            if channel.periodic() {
+                lock(&self.backlog).came((now - at) / u64::from(channel.count) + 1);
+            }
             self.irq.set(false);
             self.irq.set(true);
         }
@@ -403,6 +421,9 @@ impl PortIo for Pit {
                         channel.latch_count(now);
                     } else {
                         channel.control(value);
+                        if value >> 6 == 0 {
+                            *lock(&self.backlog) = Backlog::default();
+                        }
                     }
                 }
                 0x61 => {
@@ -428,7 +449,10 @@ impl Device for Pit {
         match request {
             Request::Start => self.with(|_, _| {}),
             Request::Stop => {}
-            Request::Reset => self.with(|s, now| *s = State::new(now)),
+            Request::Reset => {
+                *lock(&self.backlog) = Backlog::default();
+                self.with(|s, now| *s = State::new(now));
+            }
             Request::Save(place) => *place = Some(SavedState::new(VERSION, &*lock(&self.state))?),
             Request::Restore(saved) => {
                 let new: State = saved.get(VERSION)?;
@@ -437,6 +461,7 @@ impl Device for Pit {
                 }
                 let level = new.channels[0].output(new.seen);
                 *lock(&self.state) = new;
+                *lock(&self.backlog) = Backlog::default();
                 self.irq.prime(level);
             }
         }
@@ -487,6 +512,24 @@ mod tests {
         fn rises(&self) -> u32 {
             self.rises.swap(0, Ordering::SeqCst)
         }
+    }
+
+    #[test]
+    fn missed_periods_follow_where_somebody_says_that_interrupts_are_taken() {
+        let b = bench();
+        for (port, value) in [(0x43, 0x34), (0x40, 0xe8), (0x40, 0x03)] {
+            b.out(port, value);
+        }
+        b.to(1000);
+        b.pit.interrupt_taken();
+        b.rises();
+        b.to(4500);
+        assert_eq!(b.rises(), 1);
+        let follow = (0..4).map(|_| {
+            b.pit.interrupt_taken();
+            b.rises()
+        });
+        assert_eq!(follow.collect::<Vec<_>>(), [1, 1, 0, 0]);
     }
 
     #[test]

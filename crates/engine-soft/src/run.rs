@@ -242,6 +242,7 @@ impl SoftVp {
         self.set_activity(Activity::Running);
         self.partition.shared(self.index).interrupts.fetch_add(1, Ordering::Relaxed);
         exception::deliver_interrupt(self, vector);
+        self.exits().interrupt_taken(self.index, vector);
         // Look again before the handler's first instruction: another one may wait for IF now.
         self.s.attention.fetch_or(attention::INTERRUPT, Ordering::SeqCst);
     }
@@ -403,6 +404,10 @@ impl VpExits for Shim<'_> {
     fn acknowledge_extint(&self, vp: VpIndex) -> Option<u8> {
         let _outside = self.outside();
         self.inner.acknowledge_extint(vp)
+    }
+    fn interrupt_taken(&self, vp: VpIndex, vector: u8) {
+        // No exit of the guest's: it asks nothing of other VPs.
+        self.inner.interrupt_taken(vp, vector);
     }
 }
 

@@ -42,6 +42,8 @@ pub struct Board {
     pub pic: Arc<Pic>,
     /// See `pic`.
     pub ioapic: Arc<IoApic>,
+    /// The PIT, where there is one: it is told when its interrupts are taken.
+    pub pit: Option<Arc<Pit>>,
     /// For the power button.
     pub pm: Arc<PowerManagement>,
 }
@@ -71,9 +73,12 @@ impl Board {
         let pm = PowerManagement::new(io::PM, true, timers, isa(io::SCI), power.clone());
         let plug = |backend: Option<Arc<dyn SerialBackend>>| backend.unwrap_or_else(|| Arc::new(NullBackend));
         let mut devices: Vec<Arc<dyn Device>> = vec![ioapic.clone()];
+        let mut pit = None;
         if generation2.is_none() {
             devices.insert(0, pic.clone());
-            devices.push(Pit::new(timers, isa(0)));
+            let timer = Pit::new(timers, isa(0));
+            devices.push(timer.clone());
+            pit = Some(timer);
             devices.push(I8042::new(isa(1), isa(12), a20.clone(), power.clone()));
         }
         devices.push(Rtc::new(memory, timers, isa(8)));
@@ -85,6 +90,6 @@ impl Board {
         if let Some(sink) = debug {
             devices.push(DebugPort::new(io::DEBUG, sink));
         }
-        Self { devices, pic, ioapic, pm }
+        Self { devices, pic, ioapic, pit, pm }
     }
 }

@@ -1,8 +1,10 @@
 //! The machine's answers to a running VP.
 
 use crate::bus::Bus;
+use crate::layout::io;
 use chipset::ioapic::IoApic;
 use chipset::pic::Pic;
+use chipset::pit::Pit;
 use chipset::{DeviceError, PowerSink, SavedState};
 use partition::{Abilities, Gpa, HypercallContext, HypercallOutcome, MsrOutcome, Partition, VpExits, VpIndex};
 use std::ops::RangeInclusive;
@@ -51,6 +53,7 @@ pub struct Exits {
     pub bus: Bus,
     pub(crate) pic: Arc<Pic>,
     pub(crate) ioapic: Arc<IoApic>,
+    pub(crate) pit: Option<Arc<Pit>>,
     pub(crate) guest_interface: Option<Arc<dyn GuestInterface>>,
 }
 
@@ -89,5 +92,13 @@ impl VpExits for Exits {
 
     fn acknowledge_extint(&self, _vp: VpIndex) -> Option<u8> {
         self.pic.acknowledge()
+    }
+
+    fn interrupt_taken(&self, _vp: VpIndex, vector: u8) {
+        if let Some(pit) = &self.pit
+            && (self.ioapic.vector_of(io::PIT_PIN) == Some(vector) || self.pic.vector_of(0) == Some(vector))
+        {
+            pit.interrupt_taken();
+        }
     }
 }

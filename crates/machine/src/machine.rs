@@ -223,8 +223,13 @@ impl Machine {
         let extra = generation2.then_some(parts.generation2);
         let board = Board::new(&partition, &timers, &power, config.memory_bytes, parts.serial, parts.debug, extra);
         let bus = Bus::new(board.devices).map_err(|e| MachineError::Config(e.to_string()))?;
-        let exits =
-            Arc::new(Exits { bus, pic: board.pic, ioapic: board.ioapic, guest_interface: parts.guest_interface });
+        let exits = Arc::new(Exits {
+            bus,
+            pic: board.pic,
+            ioapic: board.ioapic,
+            pit: board.pit,
+            guest_interface: parts.guest_interface,
+        });
         let report = Box::new(move |stop| {
             switch.raise(match stop {
                 VpStop::TripleFault(vp) => Event::TripleFault(vp),

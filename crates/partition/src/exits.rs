@@ -69,4 +69,6 @@ pub trait VpExits: Send + Sync {
     /// The VP takes the external interrupt that [`crate::Partition::set_extint`] announced: the INTA cycle of the PIC
     /// pair. Returns the vector; `None` if the line has fallen meanwhile (the VP then takes no interrupt).
     fn acknowledge_extint(&self, vp: VpIndex) -> Option<u8>;
+    /// The VP has begun to handle an interrupt with this vector. Engines that cannot tell do not call it.
+    fn interrupt_taken(&self, _vp: VpIndex, _vector: u8) {}
 }
