@@ -129,12 +129,16 @@ fn run_step(step: &Step) -> Result<Tally> {
     let started = Instant::now();
     let mut command = Command::new(env!("CARGO"));
     if step.name == NEXTEST.name {
-        // Secure Boot's rule is tested on real images, which are packages.
+        // Secure Boot's rule is tested on real images, and disk images against other programs: all are packages.
         let guests = Guests::locate();
-        match guests.ensure(&["efi-images"]) {
-            Ok(()) => drop(command.env("VIRIDIAN_EFI_TREE", guests.tool("efi-images"))),
+        match guests.ensure(&["efi-images", "qemu-img", "libvhdi"]) {
+            Ok(()) => {
+                command.env("VIRIDIAN_EFI_TREE", guests.tool("efi-images"));
+                command.env("VIRIDIAN_QEMU_IMG_TREE", guests.tool("qemu-img"));
+                command.env("VIRIDIAN_LIBVHDI_TREE", guests.tool("libvhdi"));
+            }
             Err(error) => {
-                println!("  FAILED the images for Secure Boot's tests cannot be had: {error:#}");
+                println!("  FAILED what unit tests need of Debian's packages cannot be had: {error:#}");
                 let mut tally = Tally::default();
                 tally.count(false);
                 return Ok(tally);

@@ -5,7 +5,8 @@ mod guests;
 
 use super::Samples;
 use super::table::{Table, figure};
-use crate::vm::build_viridian;
+use crate::guests::Guests;
+use crate::vm::{build_viridian, library_path};
 use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
@@ -36,6 +37,7 @@ const STEP: u64 = 4096 * 7919;
 /// When a program cannot be run or fails.
 pub fn run(options: &Options) -> Result<ExitCode> {
     let viridian = build_viridian(true)?;
+    Guests::locate().ensure(&["qemu-img"])?;
     std::fs::create_dir_all(&options.folder)?;
     let at = |name: &str| options.folder.join(name);
     let mut rows = Rows::default();
@@ -83,6 +85,14 @@ fn must(command: &mut Command) -> Result<String> {
         bail!("{command:?}: {}", String::from_utf8_lossy(&out.stderr));
     }
     Ok(String::from_utf8_lossy(&out.stdout).into_owned())
+}
+
+/// `qemu-img` of Debian's package, from its extracted tree.
+fn qemu_img() -> Command {
+    let tree = Guests::locate().tool("qemu-img");
+    let mut command = Command::new(tree.join("usr/bin/qemu-img"));
+    command.env("LD_LIBRARY_PATH", library_path(&tree));
+    command
 }
 
 fn format(path: &Path) -> &'static str {
@@ -162,14 +172,14 @@ fn convert(ours: bool, viridian: &Path, from: &Path, to: &Path) -> Result<Cost> 
         measured(Command::new(viridian).args(["vhd", "convert"]).arg(from).arg(to))?
     } else {
         let options = ["convert", "-t", "writeback", "-f", format(from), "-O", format(to)];
-        measured(Command::new("qemu-img").args(options).arg(from).arg(to))?
+        measured(qemu_img().args(options).arg(from).arg(to))?
     };
     Ok(cost)
 }
 
 /// A stream; its seconds as the program itself takes them: without its start and without closing the image.
 fn stream(ours: bool, viridian: &Path, image: &Path, cache: &str, write: bool, options: &Options) -> Result<Cost> {
-    let mut command = if ours { Command::new(viridian) } else { Command::new("qemu-img") };
+    let mut command = if ours { Command::new(viridian) } else { qemu_img() };
     if ours {
         command.args(["vhd", "bench"]);
     } else {

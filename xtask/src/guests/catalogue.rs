@@ -149,6 +149,8 @@ pub const CATALOGUE: &[Item] = &[
     program("qemu", &["qemu-system-x86"], "QEMU, the yardstick of `bench`; not needed to run guests"),
     program("programs", PROGRAMS, "compiler, Python and text tools that `bench cpu` runs"),
     program("eject", &["eject"], "opens the guest's DVD drive"),
+    program("qemu-img", &["qemu-utils"], "QEMU's disk images: what ours are compared with"),
+    program("libvhdi", &["python3-libvhdi", "python3-minimal"], "an independent reader of VHD and VHDX chains"),
     program("fio", &["fio"], "disk load with verification"),
     program("hyperv-daemons", &["hyperv-daemons"], "guest daemons for KVP, VSS and file copy"),
     program("network", &["iproute2", "iperf3", "isc-dhcp-client", "ethtool"], "network tools for guests"),
