@@ -1,7 +1,8 @@
 # The programs of `cargo xtask bench cpu`, the same on the bare machine and in every guest.
-# Arguments: tree of Debian's programs, folder of inputs (writable), the micro program, then micro, programs or both.
-tree=$1 work=$2 micro=$3
-shift 3
+# Arguments: tree of Debian's programs, folder of inputs (writable), the micro program, names of the only programs to run
+# (joined by +, or `all`), then micro, programs or both.
+tree=$1 work=$2 micro=$3 only=$4
+shift 4
 cd "$work" || exit
 export PYTHONHOME="$tree/usr" PYTHONPYCACHEPREFIX="$work/pycache" PYTHONHASHSEED=0 LC_ALL=C TMPDIR="$work"
 libraries=$tree/lib/x86_64-linux-gnu:$tree/usr/lib/x86_64-linux-gnu
@@ -10,6 +11,7 @@ libraries=$tree/lib/x86_64-linux-gnu:$tree/usr/lib/x86_64-linux-gnu
 run() {
     name=$1 program=$tree/$2
     shift 2
+    case +$only+ in *+all+* | *+$name+*) ;; *) return ;; esac
     "$micro" --time "$name" "$work/output" "$tree/lib64/ld-linux-x86-64.so.2" --library-path "$libraries" "$program" "$@"
 }
 
@@ -31,9 +33,11 @@ programs() {
     run find usr/bin/find "$library" "$library" "$library" "$library" "$library" "$library" "$library" -name '*a*.py' -newermt 1969-01-01 -size +1k -printf x
 }
 
+names=
+[ "$only" = all ] || names=$(echo "$only" | tr + ' ')
 for part in "$@"; do
     case $part in
-    micro) check micro-ends eval '"$micro" >&3' 3>&1 ;;
+    micro) check micro-ends eval '"$micro" $names >&3' 3>&1 ;;
     programs) programs ;;
     *) expect part "micro or programs" "$part" ;;
     esac

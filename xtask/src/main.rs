@@ -134,6 +134,9 @@ struct BenchCpuArgs {
     /// Parts: micro, programs or both
     #[arg(long, value_delimiter = ',', default_value = "micro,programs", value_parser = ["micro", "programs"])]
     parts: Vec<String>,
+    /// Only these programs, by name
+    #[arg(long, value_delimiter = ',')]
+    only: Vec<String>,
     /// Guest memory in MiB
     #[arg(long, default_value_t = 1024)]
     memory: u32,
@@ -299,6 +302,7 @@ fn bench_cpu(args: BenchCpuArgs) -> Result<ExitCode> {
         kernel: args.kernel,
         contenders,
         parts: args.parts,
+        only: args.only,
         memory_mib: args.memory,
     })
 }

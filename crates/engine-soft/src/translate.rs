@@ -5,11 +5,15 @@ pub mod classify;
 pub mod code_memory;
 pub mod emit;
 pub mod flags;
+mod flow;
 pub mod jump_table;
 pub mod kernel;
 pub mod lower;
+pub mod memory;
+pub mod plan;
 pub mod raw;
 pub mod run;
+mod shadow;
 pub mod thunks;
 pub mod verify;
 
@@ -20,8 +24,28 @@ pub use cache::Translator;
 pub struct JitState {
     /// Host RSP inside translated code.
     pub host_rsp: u64,
-    /// The guest's status flags where the host's register does not hold them.
-    pub lazy: u64,
+    /// Linear page of the code that is executed: what code addresses are computed from.
+    pub page: u64,
+    /// The host's RSP while translated code uses it: see [`flow`].
+    pub shadow_rsp: u64,
+    /// RSP of the empty stack of return addresses.
+    pub shadow_top: u64,
+    /// [`crate::mmu::TlbPointers::code_epoch`] that the return addresses belong to.
+    pub shadow_epoch: u64,
+    /// Addends of groups of accesses: see [`plan`].
+    pub addends: [u64; plan::ADDENDS],
+    /// Addend that [`memory::Filled`] speaks of.
+    pub addend: u64,
+    /// Linear address and length of what [`JitState::copy`] is a copy of.
+    pub copied: [u64; 2],
+    /// A copy of an operand that reaches into the next page, at the operand's own alignment.
+    pub copy: OperandCopy,
+    /// A scratch register across a call of Rust.
+    pub scratch: u64,
+    /// Not zero: the vector state is not loaded, or cannot be used by SSE.
+    pub no_sse: u64,
+    /// Not zero: the vector state is not loaded, or cannot be used by AVX.
+    pub no_avx: u64,
     /// RAX while it holds flags.
     pub rax: u64,
     /// A value across two checks of one instruction.
@@ -50,11 +74,26 @@ pub struct JitState {
     pub sabotage: u64,
 }
 
+/// Room for an operand of 64 bytes at any offset in a cache line.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+pub struct OperandCopy(pub [u8; 128]);
+
 impl Default for JitState {
     fn default() -> Self {
         Self {
             host_rsp: 0,
-            lazy: 2,
+            page: 0,
+            shadow_rsp: 0,
+            shadow_top: 0,
+            shadow_epoch: 0,
+            addends: [0; plan::ADDENDS],
+            addend: 0,
+            copied: [0; 2],
+            copy: OperandCopy([0; 128]),
+            scratch: 0,
+            no_sse: 1,
+            no_avx: 1,
             rax: 0,
             temporary: 0,
             vector: 0,

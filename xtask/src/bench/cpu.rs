@@ -44,8 +44,17 @@ pub struct Options {
     pub contenders: Vec<Contender>,
     /// `micro`, `programs` or both.
     pub parts: Vec<String>,
+    /// Names of the only programs to run; empty: all.
+    pub only: Vec<String>,
     /// Guest memory in MiB.
     pub memory_mib: u32,
+}
+
+impl Options {
+    /// [`Options::only`] as the script takes it.
+    fn only(&self) -> String {
+        if self.only.is_empty() { "all".to_owned() } else { self.only.join("+") }
+    }
 }
 
 /// Where one measurement runs.
@@ -97,7 +106,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let vm = Vm {
         initrd: initramfs::build(&guests, &kernel, &contents)?,
         kernel: kernel.image,
-        append: format!("viridian.test=bench-cpu viridian.args=/{TREE},/work,/bin/micro,{}", options.parts.join(",")),
+        append: format!("viridian.test=bench-cpu viridian.args=/{TREE},/work,/bin/micro,{},{}", options.only(), options.parts.join(",")),
         memory_mib: options.memory_mib,
         processors: 1,
     };
@@ -110,7 +119,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         for (index, place) in places.iter().enumerate() {
             eprintln!("round {round} of {}: {}", options.runs, place.name());
             let readings = match place {
-                Place::Native(work) => measure_native(&guests, work, &micro, &options.parts)?,
+                Place::Native(work) => measure_native(&guests, work, &micro, options)?,
                 Place::Guest(contender, vm) => measure_guest(contender, vm)?,
             };
             results.add(index, &place.name(), readings)?;
@@ -154,10 +163,10 @@ fn native_work(guests: &Guests, inputs: &[(&str, String)]) -> Result<PathBuf> {
     Ok(work)
 }
 
-fn measure_native(guests: &Guests, work: &Path, micro: &Path, parts: &[String]) -> Result<Vec<Reading>> {
+fn measure_native(guests: &Guests, work: &Path, micro: &Path, options: &Options) -> Result<Vec<Reading>> {
     let mut command = Command::new(guests.tool("busybox").join("bin/busybox"));
     command.arg("sh").arg(work.join("run.sh")).arg(crate::workspace_root().join("tests/guest/bench-cpu.sh"));
-    command.arg(guests.tool(TREE)).arg(work).arg(micro).args(parts);
+    command.arg(guests.tool(TREE)).arg(work).arg(micro).arg(options.only()).args(&options.parts);
     command.env_clear().env("PATH", "/nonexistent");
     let mut session = Session::start(command, None, false)?;
     session.finish(LIMIT)?.context("the bare machine did not come to an end")?;

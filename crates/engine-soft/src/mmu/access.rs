@@ -4,6 +4,7 @@ use super::phys::{PhysPage, copy_from_guest, copy_to_guest};
 use super::tlb::{Fill, TlbEntry, slot_of};
 use super::walk::Intent;
 use super::{AC0, Class, RmwTarget, crosses};
+use crate::translate::memory::Filled;
 use crate::vp::{Exec, SoftVp};
 use partition::memory::page_flags;
 use std::sync::atomic::Ordering;
@@ -203,6 +204,81 @@ impl SoftVp {
     /// As [`SoftVp::probe_write`], for an implicit supervisor access.
     pub fn probe_sys_write(&mut self, la: u64, len: usize) -> Exec {
         self.translate_range(la, len, Intent::Write, Some(Class::Supervisor)).map(drop)
+    }
+
+    /// Makes the TLB set in use hit for an access of `len` bytes, or finds another way for translated code, if it can without more
+    /// than setting A bits. `copy`: a copy of the operand will do.
+    pub(crate) fn fill_for(&mut self, la: u64, len: u16, write: bool, copy: bool) -> Filled {
+        if self.alignment_checked() {
+            return Filled::No;
+        }
+        let len = usize::from(len);
+        let class = self.access_class();
+        if !crosses(la, len) {
+            return if self.addend_of(la, len, write, class).is_some() { Filled::Hit } else { Filled::No };
+        }
+        let head = (PAGE_SIZE - (la & PAGE_MASK)) as usize;
+        let next = self.wrap_linear((la & !PAGE_MASK).wrapping_add(PAGE_SIZE));
+        let Some(first) = self.addend_of(la, head, write, class) else { return Filled::No };
+        let Some(second) = self.addend_of(next, len - head, write, class) else { return Filled::No };
+        if first == second {
+            self.s.jit.addend = first;
+            return Filled::Addend;
+        }
+        let at = (la & 63) as usize;
+        if !copy || at + len > self.s.jit.copy.0.len() {
+            return Filled::No;
+        }
+        let mut bytes = [0u8; 64];
+        let Some(operand) = bytes.get_mut(..len) else { return Filled::No };
+        let (low, high) = operand.split_at_mut(head);
+        // SAFETY: both pages are in the TLB: live guest memory; neither piece leaves its page.
+        unsafe {
+            copy_from_guest(la.wrapping_add(first) as *const u8, low);
+            copy_from_guest(next.wrapping_add(second) as *const u8, high);
+        }
+        let copy = &mut self.s.jit.copy.0;
+        copy[at..at + len].copy_from_slice(operand);
+        self.s.jit.addend = (copy.as_ptr() as u64).wrapping_add(at as u64).wrapping_sub(la);
+        self.s.jit.copied = [la, len as u64];
+        if write { Filled::Copy } else { Filled::Addend }
+    }
+
+    /// The addend for an access inside a page, in the TLB set in use; fills it if need be.
+    fn addend_of(&mut self, la: u64, len: usize, write: bool, class: Class) -> Option<u64> {
+        for filled in [false, true] {
+            let entry = self.mmu.set(class).entry(la);
+            let tag = if write { entry.tag_w } else { entry.tag_r };
+            if la.wrapping_sub(tag) <= PAGE_SIZE - len as u64 {
+                return Some(entry.addend);
+            }
+            if filled || self.translate(la, Intent::Read, class).is_err() {
+                break;
+            }
+        }
+        None
+    }
+
+    /// Writes the copy back that [`SoftVp::fill_for`] has made.
+    pub(crate) fn put_back(&mut self) {
+        let [la, len] = self.s.jit.copied;
+        let at = (la & 63) as usize;
+        let copy = self.s.jit.copy.0;
+        let Some(bytes) = copy.get(at..at + len as usize) else { return };
+        let head = (PAGE_SIZE - (la & PAGE_MASK)) as usize;
+        let next = self.wrap_linear((la & !PAGE_MASK).wrapping_add(PAGE_SIZE));
+        let class = self.access_class();
+        let first = self.addend_of(la, head, true, class);
+        let second = self.addend_of(next, bytes.len() - head, true, class);
+        // Both pages were found writable, and nothing has happened since.
+        debug_assert!(first.is_some() && second.is_some());
+        if let (Some(first), Some(second)) = (first, second) {
+            // SAFETY: as in `fill_for`, for writing.
+            unsafe {
+                copy_to_guest(la.wrapping_add(first) as *mut u8, &bytes[..head]);
+                copy_to_guest(next.wrapping_add(second) as *mut u8, &bytes[head..]);
+            }
+        }
     }
 
     /// Translates every page of a range (at most two): the first target with its length, and the second.

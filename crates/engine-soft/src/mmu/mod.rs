@@ -145,21 +145,6 @@ impl Mmu {
         }
     }
 
-    /// Some bytes of code at a linear address, if its translation is at hand.
-    pub(crate) fn peek_code(&mut self, class: Class, la: u64) -> Option<([u8; 32], usize)> {
-        let (_, host) = self.set(class).code_lookup(la & !PAGE_MASK)?;
-        if host.is_null() {
-            return None;
-        }
-        let mut bytes = [0; 32];
-        let len = 32.min((PAGE_SIZE - (la & PAGE_MASK)) as usize);
-        // SAFETY: a page of live guest memory, and the range ends inside it.
-        unsafe {
-            std::ptr::copy_nonoverlapping(host.add((la & PAGE_MASK) as usize), bytes.as_mut_ptr(), len);
-        }
-        Some((bytes, len))
-    }
-
     fn each_set(&mut self, mut f: impl FnMut(&mut TlbSet)) {
         f(&mut self.supervisor);
         f(&mut self.supervisor_ac);
@@ -245,11 +230,12 @@ impl SoftVp {
         self.mmu.set(class).jumps.get(rip)
     }
 
-    /// Enters a target into the jump table. Its page must just have been fetched from.
-    pub(crate) fn enter_jump(&mut self, rip: u64, host: u64) {
+    /// Enters a target into the jump table. Its page must just have been fetched from. `goes_on`: the block depends on the next
+    /// page's translation too.
+    pub(crate) fn enter_jump(&mut self, rip: u64, host: u64, goes_on: bool) {
         let class = self.code_class();
         let set = self.mmu.set(class);
-        let global = set.code_is_global(rip & !PAGE_MASK);
+        let global = !goes_on && set.code_is_global(rip & !PAGE_MASK);
         set.jumps.insert(rip, host, global);
     }
 

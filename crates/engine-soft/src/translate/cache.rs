@@ -1,7 +1,9 @@
 //! Translated blocks: where they are, who jumps to them, and when they go.
 
 use super::code_memory::CodeMemory;
-use super::lower::{Lowered, Site};
+use super::lower::{Exit, Location, Lowered, Site};
+use super::plan::Shape;
+use super::shadow::ShadowStack;
 use super::thunks::{self, Thunks};
 use super::verify::Planned;
 use std::collections::HashMap;
@@ -32,13 +34,17 @@ impl Hasher for AddressHasher {
 
 type AddressMap<K, V> = HashMap<K, V, BuildHasherDefault<AddressHasher>>;
 
-/// What a block was translated from: linear and physical address of its first instruction.
+/// What a block was translated from.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct Key {
-    /// RIP.
-    pub rip: u64,
-    /// Physical address of that byte.
+    /// Physical address of its first byte.
     pub gpa: u64,
+    /// Physical page that its only instruction goes on in; 0: none.
+    pub next: u64,
+    /// How its accesses are checked.
+    pub shape: Shape,
+    /// Linear page, where that matters ([`super::verify`]); else 0.
+    pub linear: u64,
     /// Privilege level 0 (else 3).
     pub kernel: bool,
 }
@@ -54,9 +60,7 @@ struct Block {
 }
 
 struct ExitRecord {
-    target: u64,
-    patch: u64,
-    stub: u64,
+    exit: Exit,
     block: u32,
 }
 
@@ -69,6 +73,8 @@ struct CodePage {
 /// A VP's translator.
 pub struct Translator {
     memory: CodeMemory,
+    /// Return addresses of translated code.
+    pub shadow: ShadowStack,
     /// The fixed pieces.
     pub thunks: Thunks,
     hot: usize,
@@ -79,6 +85,7 @@ pub struct Translator {
     pages: AddressMap<u64, CodePage>,
     exits: Vec<ExitRecord>,
     sites: Vec<Site>,
+    cold_sites: Vec<Site>,
     /// How much of the partition's log of changed code pages has been seen.
     pub log_seen: u64,
     /// Blocks translated, instructions in them, flushes of everything, blocks dropped because code changed.
@@ -99,6 +106,7 @@ impl Translator {
         let hot = thunks.len.next_multiple_of(64);
         let hot_end = memory.len() / 4 * 3;
         Ok(Self {
+            shadow: ShadowStack::new(thunks.unpaired)?,
             memory,
             thunks,
             hot,
@@ -109,6 +117,7 @@ impl Translator {
             pages: AddressMap::default(),
             exits: Vec::new(),
             sites: Vec::new(),
+            cold_sites: Vec::new(),
             log_seen: 0,
             stats: [0; 4],
         })
@@ -124,14 +133,24 @@ impl Translator {
         self.hot + BLOCK_ROOM <= self.hot_end && self.cold + BLOCK_ROOM <= self.memory.len()
     }
 
-    /// Where the next block's hot and cold code go, and the number of its first exit.
-    pub fn next(&self) -> (u64, u64, u32) {
-        (self.memory.exec(self.hot) as u64, self.memory.exec(self.cold) as u64, self.exits.len() as u32)
+    /// Where the next block goes.
+    pub fn next(&self) -> Location {
+        Location {
+            hot: self.memory.exec(self.hot) as u64,
+            cold: self.memory.exec(self.cold) as u64,
+            exit: self.exits.len() as u32,
+        }
+    }
+
+    /// Is it an address in the code memory? Async-signal-safe.
+    pub fn contains(&self, at: u64) -> bool {
+        at.wrapping_sub(self.memory.exec(0) as u64) < self.memory.len() as u64
     }
 
     /// Enters a block that was lowered for [`Translator::next`]. `None` if it is too large.
-    pub fn insert(&mut self, key: Key, generation: u32, lowered: Lowered) -> Option<u32> {
-        let Lowered { hot, cold, entry, table_entry, exits, sites, count, path, .. } = lowered;
+    /// `generations`: of its page and of the one that it goes on in.
+    pub fn insert(&mut self, key: Key, generations: [u32; 2], lowered: Lowered) -> Option<u32> {
+        let Lowered { hot, cold, entry, table_entry, exits, sites, cold_sites, count, path } = lowered;
         if hot.bytes.len() > BLOCK_ROOM || cold.bytes.len() > BLOCK_ROOM {
             return None;
         }
@@ -141,13 +160,9 @@ impl Translator {
         self.hot = (self.hot + hot.bytes.len()).next_multiple_of(16);
         self.cold += cold.bytes.len();
         let id = self.blocks.len() as u32;
-        self.exits.extend(exits.iter().map(|e| ExitRecord {
-            target: e.target,
-            patch: e.patch,
-            stub: e.stub,
-            block: id,
-        }));
+        self.exits.extend(exits.into_iter().map(|exit| ExitRecord { exit, block: id }));
         self.sites.extend(sites);
+        self.cold_sites.extend(cold_sites);
         self.blocks.push(Block {
             key,
             entry,
@@ -157,8 +172,10 @@ impl Translator {
             path: path.into_iter().map(Planned::new).collect(),
         });
         self.by_key.insert(key, id);
-        let page = self.pages.entry(key.gpa >> 12).or_insert(CodePage { generation, blocks: Vec::new() });
-        page.blocks.push(id);
+        let pages = [key.gpa >> 12, key.next >> 12];
+        for (page, generation) in pages.into_iter().zip(generations).take(1 + usize::from(key.next != 0)) {
+            self.pages.entry(page).or_insert(CodePage { generation, blocks: Vec::new() }).blocks.push(id);
+        }
         self.stats[0] += 1;
         self.stats[1] += u64::from(count);
         Some(id)
@@ -177,20 +194,27 @@ impl Translator {
         self.blocks[block as usize].table_entry
     }
 
-    /// Target of a direct exit.
-    pub fn exit_target(&self, exit: u64) -> Option<u64> {
-        self.exits.get(exit as usize).map(|e| e.target)
+    /// Does the block go on in another page?
+    pub fn goes_on(&self, block: u32) -> bool {
+        self.blocks[block as usize].key.next != 0
+    }
+
+    /// Target of a direct exit: offset in the page, and what kind of block.
+    pub fn exit_target(&self, exit: u64) -> Option<(u16, Shape)> {
+        self.exits.get(exit as usize).map(|e| (e.exit.target, e.exit.shape))
     }
 
     /// Makes a direct exit jump straight to a block.
     pub fn chain(&mut self, exit: u64, block: u32) {
         let Some(e) = self.exits.get(exit as usize) else { return };
         let (from, to) = (&self.blocks[e.block as usize], &self.blocks[block as usize]);
-        // Both on one physical page at one linear page: the jump stays right as long as both live.
-        if !from.alive || !to.alive || from.key.gpa >> 12 != to.key.gpa >> 12 || to.key.rip != e.target {
+        // Both on one physical page, and so at one linear page: the jump stays right as long as both live.
+        let expected = Key { gpa: from.key.gpa & !0xfff | u64::from(e.exit.target), shape: e.exit.shape, ..from.key };
+        // (A block that goes on in the next page is not among them: `expected` does not.)
+        if !from.alive || !to.alive || to.key != expected || from.key.next != 0 {
             return;
         }
-        let (patch, entry) = (e.patch, to.entry);
+        let (patch, entry) = (e.exit.patch, to.entry);
         self.patch(patch, entry);
         self.blocks[block as usize].incoming.push(exit as u32);
     }
@@ -219,12 +243,15 @@ impl Translator {
         let Some(page) = self.pages.remove(&gpa_page) else { return };
         for id in page.blocks {
             let block = &mut self.blocks[id as usize];
+            if !block.alive {
+                continue; // the other page of a block has gone before
+            }
             block.alive = false;
             self.by_key.remove(&block.key);
             self.stats[3] += 1;
             for exit in std::mem::take(&mut block.incoming) {
                 let e = &self.exits[exit as usize];
-                self.patch(e.patch, e.stub);
+                self.patch(e.exit.patch, e.exit.stub);
             }
         }
     }
@@ -236,6 +263,7 @@ impl Translator {
         self.pages.clear();
         self.exits.clear();
         self.sites.clear();
+        self.cold_sites.clear();
         self.hot = self.thunks.len.next_multiple_of(64);
         self.cold = self.hot_end;
         self.stats[2] += 1;
@@ -243,6 +271,7 @@ impl Translator {
 
     /// The signal site at a host address. Async-signal-safe.
     pub fn site(&self, at: u64) -> Option<&Site> {
-        self.sites.binary_search_by_key(&at, |s| s.at).ok().map(|i| &self.sites[i])
+        let find = |sites: &'_ [Site]| sites.binary_search_by_key(&at, |s| s.at).ok();
+        find(&self.sites).map(|i| &self.sites[i]).or_else(|| find(&self.cold_sites).map(|i| &self.cold_sites[i]))
     }
 }

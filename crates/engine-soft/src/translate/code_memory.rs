@@ -9,7 +9,14 @@ pub struct CodeMemory {
     write: *mut u8,
     exec: *const u8,
     len: usize,
+    /// Pieces of [`HUGE`] bytes that have been asked to become huge pages.
+    asked: Vec<bool>,
 }
+
+/// Bytes of a huge page.
+const HUGE: usize = 2 << 20;
+/// A piece becomes a huge page when code reaches this offset in it: small guests do not pay for whole ones.
+const WORTH_A_HUGE_PAGE: usize = 256 << 10;
 
 // SAFETY: two plain mappings; who writes where is decided by the owner (`&mut` or a lock around it).
 unsafe impl Send for CodeMemory {}
@@ -20,7 +27,6 @@ impl CodeMemory {
     /// Maps `len` bytes (rounded up to 2 MiB if larger than that, else to 4 KiB). Fails with the host's reason where
     /// executable memory files are forbidden (`vm.memfd_noexec`, SELinux `execmem`).
     pub fn new(len: usize) -> io::Result<Self> {
-        const HUGE: usize = 2 << 20;
         let unit = if len >= HUGE { HUGE } else { 4096 };
         let len = len.next_multiple_of(unit);
         // SAFETY: constant terminated name. MFD_EXEC (0x10) is refused by kernels before 6.3, which is tried second.
@@ -45,7 +51,7 @@ impl CodeMemory {
                 return Err(error);
             }
         };
-        Ok(Self { write, exec, len })
+        Ok(Self { write, exec, len, asked: vec![false; len / HUGE] })
     }
 
     /// Bytes.
@@ -73,7 +79,25 @@ impl CodeMemory {
         }
         // SAFETY: the range was checked against the mapping; `&mut self` excludes other writers.
         unsafe { std::ptr::copy_nonoverlapping(code.as_ptr(), self.write.add(offset), code.len()) };
+        if offset % HUGE >= WORTH_A_HUGE_PAGE
+            && let Some(asked) = self.asked.get_mut(offset / HUGE)
+            && !std::mem::replace(asked, true)
+        {
+            self.make_huge(offset / HUGE * HUGE);
+        }
         true
+    }
+
+    /// Makes a piece a huge page in both mappings: code that is spread over many small ones misses the processor's
+    /// instruction TLB all the time, which is dear where the host is itself a guest. Where the host refuses (kernels before
+    /// 6.1), it stays as it is.
+    #[cold]
+    fn make_huge(&self, offset: usize) {
+        const MADV_COLLAPSE: i32 = 25;
+        for at in [self.write.cast_const(), self.exec] {
+            // SAFETY: advice about a piece of our own mappings; the contents stay.
+            unsafe { libc::madvise(at.add(offset).cast_mut().cast(), HUGE, MADV_COLLAPSE) };
+        }
     }
 }
 

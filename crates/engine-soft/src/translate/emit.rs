@@ -16,6 +16,7 @@ pub const RCX: u8 = 1;
 /// Condition codes, as in the low bits of Jcc.
 pub mod cc {
     #![allow(missing_docs)]
+    pub const B: u8 = 2;
     pub const E: u8 = 4;
     pub const NE: u8 = 5;
     pub const A: u8 = 7;
@@ -164,6 +165,22 @@ impl Asm {
     pub fn store(&mut self, from: u8, base: u8, disp: i32) {
         self.op_mem(0x89, from, base, disp);
     }
+    /// `mov to, [base + index + disp]`.
+    pub fn load_indexed(&mut self, to: u8, base: u8, index: u8, disp: i32) {
+        self.bs(&[Self::rex(true, to, index, base), 0x8b]);
+        self.mem(to, Some(base), index, 1, disp);
+    }
+    /// `mov [base + index + disp], from`.
+    pub fn store_indexed(&mut self, from: u8, base: u8, index: u8, disp: i32) {
+        self.bs(&[Self::rex(true, from, index, base), 0x89]);
+        self.mem(from, Some(base), index, 1, disp);
+    }
+    /// `mov qword [base + index + disp], sign-extended imm32`.
+    pub fn store_indexed_imm(&mut self, base: u8, index: u8, disp: i32, imm: i32) {
+        self.bs(&[Self::rex(true, 0, index, base), 0xc7]);
+        self.mem(0, Some(base), index, 1, disp);
+        self.d(imm as u32);
+    }
     /// `rorx to, from, count`.
     pub fn rorx(&mut self, to: u8, from: u8, count: u8) {
         let p1 = (!to >> 3 & 1) << 7 | 1 << 6 | (!from >> 3 & 1) << 5 | 3;
@@ -200,6 +217,10 @@ impl Asm {
     /// `jcc target`; gives the address of the displacement.
     pub fn jcc(&mut self, condition: u8, target: u64) -> u64 {
         self.bs(&[0x0f, 0x80 | condition]);
+        self.rel(target)
+    }
+    /// A displacement of 32 bits to `target`, the last part of an instruction; gives its address.
+    pub fn relative(&mut self, target: u64) -> u64 {
         self.rel(target)
     }
     fn rel(&mut self, target: u64) -> u64 {

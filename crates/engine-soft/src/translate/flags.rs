@@ -1,9 +1,5 @@
-//! Liveness of the status flags.
-//!
-//! Two kinds of need are told apart. *True* need: a later instruction of the block reads the flag, or the block leaves
-//! by a direct jump to code that does; the flag must then be in the host's flags. *Perhaps*: the block leaves through
-//! the jump table to code that is not known; the flags must then be in [`super::JitState::lazy`], where they are put
-//! once, before the first sequence that destroys them.
+//! Liveness of the status flags. They are in the host's register wherever a block is entered or left, and inside a block
+//! wherever something may still read them.
 
 use super::classify::Kind;
 use iced_x86::{Decoder, DecoderOptions, FlowControl, Instruction, Mnemonic, OpKind, Register};
@@ -46,32 +42,11 @@ pub fn effect(i: &Instruction, kind: Kind) -> Effect {
     Effect { reads, writes, kills: if variable { 0 } else { writes } }
 }
 
-/// Need before an instruction, from the need behind it.
+/// Flags that are read later, at some place of a block.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Need {
-    /// True need.
+    /// A mask of them.
     pub hard: u8,
-    /// Perhaps.
-    pub soft: u8,
-}
-
-impl Need {
-    /// Through one instruction, backwards.
-    pub fn before(self, e: Effect) -> Need {
-        let through_soft = self.soft & !e.kills;
-        let mut hard = self.hard & !e.kills | e.reads;
-        let mut soft = through_soft;
-        // A partial writer mixes: then the flags must be kept in the host's register across it.
-        if e.writes != 0 {
-            hard |= through_soft;
-            soft = 0;
-        }
-        Need { hard, soft: soft & !hard }
-    }
-    /// Is anything needed?
-    pub fn any(self) -> bool {
-        self.hard | self.soft != 0
-    }
 }
 
 /// Flags that the code at `bytes` may read before it overwrites them, as far as a short look tells.
@@ -111,16 +86,5 @@ mod tests {
         // inc eax; add eax,eax: CF is not overwritten by INC but by ADD
         assert_eq!(peek(&[0xff, 0xc0, 0x01, 0xc0]), 0);
         assert_eq!(peek(&[0xc3]), ALL);
-    }
-
-    #[test]
-    fn partial_writers_harden_what_is_perhaps_needed() {
-        let exit = Need { hard: 0, soft: ALL };
-        let add = Effect { reads: 0, writes: ALL, kills: ALL };
-        let inc = Effect { reads: 0, writes: ALL & !0x10, kills: ALL & !0x10 };
-        let mov = Effect::default();
-        assert_eq!(exit.before(mov), exit);
-        assert_eq!(exit.before(add), Need::default());
-        assert_eq!(exit.before(inc), Need { hard: 0x10, soft: 0 });
     }
 }

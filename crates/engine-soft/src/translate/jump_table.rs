@@ -1,21 +1,25 @@
 //! The table through which translated code finds the targets of indirect and page-crossing jumps.
 //!
-//! Direct-mapped by the low 16 bits of RIP. There is one for each TLB set that code is fetched through, and it is
+//! Direct-mapped by low bits of RIP. There is one for each TLB set that code is fetched through, and it is
 //! flushed with it: an entry says that RIP translates to the page that the block was made from, and that this privilege
 //! level may execute it.
 
-use super::lower::JUMP_SLOTS;
+use super::lower::{INDEX_SHIFT, JUMP_SLOTS};
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+
+/// Bytes of the longest instruction.
+const LONGEST: u64 = 15;
 
 /// A slot, as translated code reads it.
 #[repr(C)]
 #[derive(Clone, Copy)]
 struct Slot {
-    rip: u64,
+    /// The complement of RIP: so translated code compares without destroying flags.
+    not_rip: u64,
     host: u64,
 }
 
-/// The table. Fresh zeroed memory is empty but for slot 0: RIP 0 belongs to slot 0 only.
+/// The table. Fresh zeroed memory is empty but for the last slot: the RIP whose complement is 0 belongs there.
 pub struct JumpTable {
     slots: *mut Slot,
     local: Vec<u16>,
@@ -26,6 +30,16 @@ pub struct JumpTable {
 
 // SAFETY: owns its memory; used by one thread at a time.
 unsafe impl Send for JumpTable {}
+
+/// The slot of a target.
+fn slot_of(rip: u64) -> u16 {
+    (rip >> INDEX_SHIFT) as u16
+}
+
+/// What an empty slot holds: the complement of an address of another slot.
+fn empty(slot: u16) -> u64 {
+    if slot == u16::MAX { u64::MAX } else { 0 }
+}
 
 fn layout() -> Layout {
     Layout::array::<Slot>(JUMP_SLOTS).unwrap_or(Layout::new::<Slot>())
@@ -48,8 +62,8 @@ impl JumpTable {
         if slots.is_null() {
             handle_alloc_error(layout());
         }
-        // SAFETY: slot 0 is inside; a RIP of 1 never belongs there.
-        unsafe { (*slots).rip = 1 };
+        // SAFETY: the last slot is inside.
+        unsafe { (*slots.add(JUMP_SLOTS - 1)).not_rip = empty(u16::MAX) };
         Self { slots, local: Vec::new(), global: Vec::new(), pages: Box::new([0; PAGE_BITS / 64]) }
     }
 
@@ -60,9 +74,9 @@ impl JumpTable {
 
     /// Enters a target. A global one survives [`JumpTable::flush_local`].
     pub fn insert(&mut self, rip: u64, host: u64, global: bool) {
-        let slot = rip as u16;
+        let slot = slot_of(rip);
         // SAFETY: the table has a slot for each 16-bit number.
-        unsafe { *self.slots.add(usize::from(slot)) = Slot { rip, host } };
+        unsafe { *self.slots.add(usize::from(slot)) = Slot { not_rip: !rip, host } };
         if global {
             self.global.push(slot);
         } else {
@@ -78,13 +92,13 @@ impl JumpTable {
     /// The host address for a RIP.
     pub fn get(&self, rip: u64) -> Option<u64> {
         // SAFETY: as in `insert`.
-        let slot = unsafe { *self.slots.add(usize::from(rip as u16)) };
-        (slot.rip == rip).then_some(slot.host)
+        let slot = unsafe { *self.slots.add(usize::from(slot_of(rip))) };
+        (slot.not_rip == !rip).then_some(slot.host)
     }
 
     fn clear(&mut self, slot: u16) {
         // SAFETY: as in `insert`.
-        unsafe { (*self.slots.add(usize::from(slot))).rip = u64::from(slot == 0) };
+        unsafe { (*self.slots.add(usize::from(slot))).not_rip = empty(slot) };
     }
 
     /// Drops what was not entered as global. (A global entry whose slot was used by another one before may go too.)
@@ -106,20 +120,24 @@ impl JumpTable {
         self.pages.fill(0);
     }
 
-    /// Drops what lies in this address's page.
+    /// Drops what lies in this address's page, or goes on there.
     pub fn invalidate(&mut self, la: u64) {
-        let (word, bit) = page_bit(la);
-        if self.pages[word] & bit == 0 {
-            return;
-        }
         // A page's targets have neighbouring slots.
-        let first = usize::from(la as u16 & 0xf000);
-        for slot in first..first + 0x1000 {
-            // SAFETY: as in `insert`.
-            if unsafe { (*self.slots.add(slot)).rip } >> 12 == la >> 12 {
-                self.clear(slot as u16);
+        let first = la & !0xfff;
+        let whole = self.may_hold(first).then_some(0x1000).unwrap_or_default();
+        let before = self.may_hold(first.wrapping_sub(1)).then_some(LONGEST - 1).unwrap_or_default();
+        let mut rip = first.wrapping_sub(before);
+        while rip != first.wrapping_add(whole) {
+            if self.get(rip).is_some() {
+                self.clear(slot_of(rip));
             }
+            rip = rip.wrapping_add(1);
         }
+    }
+
+    fn may_hold(&self, rip: u64) -> bool {
+        let (word, bit) = page_bit(rip);
+        self.pages[word] & bit != 0
     }
 }
 
@@ -153,9 +171,11 @@ mod tests {
         assert_eq!(t.get(0xffff_ffff_8100_0000), Some(11));
         t.invalidate(0xffff_ffff_8100_0fff);
         assert_eq!(t.get(0xffff_ffff_8100_0000), None);
+        assert_eq!(t.get(u64::MAX), None);
         t.insert(0, 12, false);
-        assert_eq!(t.get(0), Some(12));
+        t.insert(u64::MAX, 13, false);
+        assert_eq!((t.get(0), t.get(u64::MAX)), (Some(12), Some(13)));
         t.flush_all();
-        assert_eq!(t.get(0), None);
+        assert_eq!((t.get(0), t.get(u64::MAX)), (None, None));
     }
 }

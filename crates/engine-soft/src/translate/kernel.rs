@@ -7,7 +7,6 @@
 //! goes the slow way if anything waits: the interpreter then holds the boundary rules. If nothing waits, what comes in
 //! later is as if it came in after the next poll.
 
-use super::JitState;
 use super::classify::Kind;
 use super::emit::{A, Asm, B, C, RAX, RCX, SP, cc};
 use super::lower::{Lower, gpr, host, jit};

@@ -3,26 +3,38 @@
 //! Order is kept and every instruction commits last, so the guest's state is exact at every call of the interpreter and
 //! at every signal. The way out of every difficulty is the same: *this one instruction* is executed by the interpreter
 //! (cold code), and the block goes on behind it.
+//!
+//! Nothing in a block depends on its linear address: what needs it adds an offset to [`JitState::page`], which entries
+//! from other pages set. So processes at different addresses share translations.
 
-use super::JitState;
 use super::classify::{self, Kind, shape};
 use super::emit::{A, Asm, B, C, RAX, RCX, SP, cc};
-use super::flags::{self, Need};
+use super::flags::Need;
 use super::kernel;
+use super::plan::{self, Plan, Shape};
 use super::raw::{Place, Raw};
 use super::thunks::Thunks;
 use crate::features::Features;
-use crate::mmu::TlbPointers;
-use crate::mmu::tlb::{SLOTS, TlbEntry};
 use crate::vp::VpBlock;
-use iced_x86::{Decoder, DecoderOptions, Instruction, OpKind, Register};
-use std::mem::{offset_of, size_of};
-use x86::segment::{Segment, sreg};
+use iced_x86::{Instruction, OpKind, Register};
+use std::mem::offset_of;
 
-/// Most instructions of a block.
-pub const MAX_INSTRUCTIONS: usize = 48;
-/// Jump-table slots (indexed by the low 16 bits of the target).
+/// Jump-table slots.
 pub const JUMP_SLOTS: usize = 1 << 16;
+/// They are indexed by the target's bits from this one on: few blocks start less than 4 bytes apart.
+pub const INDEX_SHIFT: u8 = 2;
+
+/// Guest registers that live in the VP block, as a mask.
+const MOVED: u16 = 1 << 9 | 1 << 10 | 1 << 11 | 1 << 15;
+
+/// A scratch register that stands for a guest register in one instruction.
+#[derive(Clone, Copy, Default)]
+struct Held {
+    guest: u8,
+    host: u8,
+    load: bool,
+    written: bool,
+}
 
 /// Offset of a guest register in the VP block.
 pub(super) fn gpr(n: u8) -> usize {
@@ -31,7 +43,7 @@ pub(super) fn gpr(n: u8) -> usize {
 /// Offset of a field of [`JitState`].
 macro_rules! jit {
     ($field:ident) => {
-        offset_of!(VpBlock, jit) + offset_of!(JitState, $field)
+        offset_of!(VpBlock, jit) + offset_of!($crate::translate::JitState, $field)
     };
 }
 pub(super) use jit;
@@ -46,16 +58,18 @@ pub(super) fn host(n: u8) -> Option<u8> {
 }
 
 /// Number of a general register of any size.
-fn number(r: Register) -> u8 {
+pub(super) fn number(r: Register) -> u8 {
     r.full_register().number() as u8
 }
 
-/// How a block can be left by a direct jump.
+/// How a block can be left by a direct jump inside its page.
 #[derive(Clone, Copy, Debug)]
 pub struct Exit {
-    /// Where to.
-    pub target: u64,
-    /// Address of the 32-bit displacement to patch; 0: the exit is not to be patched.
+    /// Offset of the target in the page.
+    pub target: u16,
+    /// What kind of block it leads to.
+    pub shape: Shape,
+    /// Address of the 32-bit displacement to patch.
     pub patch: u64,
     /// Where it leads while it is not patched.
     pub stub: u64,
@@ -66,10 +80,8 @@ pub struct Exit {
 pub struct Site {
     /// Address of the instruction in the code memory.
     pub at: u64,
-    /// The guest instruction.
-    pub rip: u64,
-    /// The guest's flags are in [`JitState::lazy`].
-    pub lazy: bool,
+    /// Offset of the guest instruction in its page.
+    pub offset: u16,
 }
 
 /// A translated block, before it is entered anywhere.
@@ -78,163 +90,157 @@ pub struct Lowered {
     pub hot: Asm,
     /// Cold code.
     pub cold: Asm,
-    /// Entry with flags in the host's register.
+    /// Entry from its own page.
     pub entry: u64,
-    /// Entry with flags in [`JitState::lazy`] (through the jump table).
+    /// Entry from anywhere, with RIP in A.
     pub table_entry: u64,
     /// Direct exits.
     pub exits: Vec<Exit>,
     /// Signal sites, ascending.
     pub sites: Vec<Site>,
-    /// Guest bytes that the block was made from: `rip .. rip + len`.
-    pub len: u32,
+    /// Those in the cold code.
+    pub cold_sites: Vec<Site>,
     /// Guest instructions.
     pub count: u32,
     /// The instructions that the block executes, for [`super::verify`] (empty otherwise).
     pub path: Vec<Instruction>,
 }
 
-enum Cold {
+/// Code out of the way of the hot path, emitted at the end.
+pub(super) enum Cold {
     /// Execute the instruction in the interpreter, go on at `resume` (0: leave the block).
-    Interpret { from: Vec<(u64, bool)>, rip: u64, len: u8, lazy: bool, light: bool, resume: u64 },
-    /// Load the vector state, go on at `resume`. `pop`: the flags are on the stack.
-    Vector { from: u64, rip: u64, level: u8, lazy: bool, pop: bool, resume: u64 },
+    Interpret { from: Vec<(u64, bool)>, rip: u64, len: u8, light: bool, resume: u64 },
+    /// A check failed: see [`super::memory`].
+    Miss(super::memory::Miss),
+    /// Load the vector state, go on at `resume`. RCX is in A if `swapped`.
+    Vector { from: u64, level: u8, swapped: bool, resume: u64 },
     /// Leave by a direct jump (patchable).
-    Exit { from: u64, target: u64 },
-    /// Leave through the jump table; flags are in the host's register and are stored if `save`.
-    Table { from: u64, target: u64, save: bool },
-    /// Return to Rust because of attention; flags are in the host's register.
-    Poll { from: u64, target: u64 },
+    Exit { from: u64, target: u16, shape: Shape },
+    /// Leave through the jump table.
+    Table { from: u64, target: u64, poll: bool },
+    /// Return to Rust because of attention. RCX is in A if `swapped`.
+    Poll { from: u64, target: u64, swapped: bool },
 }
 
 pub(super) struct Lower<'a> {
-    rip: u64,
-    code: &'a [u8],
+    /// RIP of the block.
+    pub(super) rip: u64,
+    page: &'a [u8],
+    /// Jumps to the block's own start stay in it.
+    pub(super) loops: bool,
     pub(super) hot: Asm,
-    cold: Vec<Cold>,
-    thunks: &'a Thunks,
+    pub(super) cold: Vec<Cold>,
+    pub(super) thunks: &'a Thunks,
     exits: Vec<Exit>,
     sites: Vec<Site>,
+    cold_sites: Vec<Site>,
     /// Need before the current instruction.
-    need: Need,
+    pub(super) need: Need,
     /// Flags that the target of the current Jcc may read.
-    taken: u8,
-    /// The flags are in `lazy`, and the host's may be destroyed.
-    saved: bool,
-    /// 0: unknown, 1: SSE, 2: AVX usable and loaded.
-    vector: u8,
+    pub(super) taken: u8,
+    /// Group whose addend is in C.
+    pub(super) current: usize,
     /// Slow-path jumps of the current instruction (with: inside a flags-in-RAX sequence).
     pub(super) slow: Vec<(u64, bool)>,
-    bmi2: bool,
+    /// What A holds.
+    pub(super) a: Holds,
+    /// What B holds.
+    pub(super) b: Holds,
+    /// Failed checks in [`Lower::cold`] that go on behind the current instruction.
+    pub(super) open_misses: Vec<usize>,
+    /// Start of the code behind the entry's own checks.
+    pub(super) inner: u64,
+    pub(super) bmi2: bool,
 }
 
-/// Translates the block at `rip`. `code`: the bytes from there to the end of the page. `peek`: flags that the code at a
-/// target may read. `None` if the first instruction is invalid or leaves the page.
+/// What a scratch register holds beyond the instruction that loaded it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Holds {
+    /// Nothing of use.
+    Nothing,
+    /// A guest register that lives in the VP block, as it is there.
+    Guest(u8),
+    /// The linear address of a group's expression with this constant ([`plan::Access::relative`]).
+    Sum(usize, i64),
+}
+
+/// Where a block goes in the code memory.
+#[derive(Clone, Copy, Debug)]
+pub struct Location {
+    /// Address of its hot code.
+    pub hot: u64,
+    /// Address of its cold code.
+    pub cold: u64,
+    /// Number of its first exit.
+    pub exit: u32,
+}
+
+/// Translates the block at `rip`. `page`: the bytes of its page, and perhaps some of the next one. `None`: the instruction
+/// goes on in the next page, whose bytes were not given.
 pub fn lower(
     rip: u64,
-    code: &[u8],
-    peek: &dyn Fn(u64) -> u8,
+    page: &[u8],
+    shape: Shape,
     features: &Features,
     mode: kernel::Mode,
     thunks: &Thunks,
-    hot_base: u64,
-    cold_base: u64,
-    first_exit: u32,
+    at: Location,
 ) -> Option<Lowered> {
-    let mut list: Vec<(Instruction, Kind)> = Vec::with_capacity(16);
-    let mut decoder = Decoder::with_ip(64, code, rip, DecoderOptions::NONE);
-    let mut ended = false;
-    while decoder.can_decode() && list.len() < MAX_INSTRUCTIONS {
-        let i = decoder.decode();
-        if i.is_invalid() {
-            break;
-        }
-        let kind = kernel::refine(&i, classify::kind(&i, features), mode, thunks.bmi2);
-        list.push((i, kind));
-        if matches!(kind, Kind::Stop | Kind::Jmp | Kind::Ret | Kind::JmpIndirect | Kind::CallIndirect | Kind::Call) {
-            ended = true;
-            break;
-        }
-    }
-    if list.is_empty() {
-        // The first instruction is invalid or goes on in the next page: a block that leads to the interpreter, so that the
-        // next time costs a jump and not a translation.
-        let mut i = Instruction::default();
-        i.set_ip(rip);
-        list.push((i, Kind::Stop));
-        ended = true;
-    }
-    if let Some((_, kind @ Kind::System(kernel::System::Sti))) = list.last_mut() {
-        // The instruction behind STI belongs to it: an interrupt must not come between.
-        *kind = if mode.verify { Kind::Stop } else { Kind::Interpret };
-        ended |= mode.verify;
-    }
-    let last = list.last()?.0;
-    let page = rip >> 12;
-    // Needs, backwards.
-    let of_target = peek;
-    let to = |target: u64| {
-        let live = of_target(target);
-        if target >> 12 == page { Need { hard: live, soft: 0 } } else { Need { hard: 0, soft: live } }
-    };
-    let mut needs = vec![Need::default(); list.len() + 1];
-    let mut taken = vec![0; list.len()];
-    needs[list.len()] = match list.last()?.1 {
-        _ if !ended => to(last.next_ip()),
-        Kind::Stop => Need { hard: flags::ALL, soft: 0 },
-        Kind::Jmp | Kind::Call => to(last.near_branch64()),
-        _ => Need { hard: 0, soft: flags::ALL },
-    };
-    for n in (0..list.len()).rev() {
-        let (i, kind) = &list[n];
-        let mut need = needs[n + 1].before(flags::effect(i, *kind));
-        if *kind == Kind::Jcc {
-            taken[n] = of_target(i.near_branch64());
-            need.hard |= taken[n];
-            need.soft &= !need.hard;
-        }
-        needs[n] = need;
-    }
+    let plan = Plan::new(rip, page, shape, mode.verify, |i| {
+        kernel::refine(i, classify::kind(i, features), mode, thunks.bmi2)
+    })?;
+    let first = plan.steps.first()?;
     let mut l = Lower {
         rip,
-        code,
-        hot: Asm::new(hot_base),
+        page,
+        loops: shape == Shape::Grouped && !mode.verify,
+        hot: Asm::new(at.hot),
         cold: Vec::new(),
         thunks,
         exits: Vec::new(),
         sites: Vec::new(),
-        need: needs[0],
+        cold_sites: Vec::new(),
+        need: first.need,
         taken: 0,
-        saved: false,
-        vector: 0,
+        current: usize::MAX,
         slow: Vec::new(),
+        a: Holds::Nothing,
+        b: Holds::Nothing,
+        open_misses: Vec::new(),
+        inner: 0,
         bmi2: thunks.bmi2,
     };
-    // Two ways in: with the flags in the host's register, and through the table with the flags in `lazy`.
-    let (entry, table_entry);
-    if needs[0].hard != 0 {
-        table_entry = l.hot.here();
-        l.hot.push_gs(jit!(lazy));
-        l.hot.popf();
-        entry = l.hot.here();
-    } else if needs[0].soft != 0 {
-        entry = l.hot.here();
-        l.save_flags();
-        table_entry = l.hot.here();
-    } else {
-        entry = l.hot.here();
-        table_entry = entry;
+    let table_entry = l.hot.here();
+    l.hot.lea(true, B, Some(A), 4, 1, -((rip & 0xfff) as i32));
+    l.hot.store_gs(B, jit!(page));
+    let entry = l.hot.here();
+    l.ensure_vector(plan.vector);
+    for g in plan.invariants() {
+        l.check_group(&plan, g, &first.i);
     }
-    for (n, (i, kind)) in list.iter().enumerate() {
-        l.need = needs[n];
-        l.taken = taken[n];
-        l.instruction(i, *kind, page);
+    l.current = usize::MAX;
+    l.forget();
+    l.inner = l.hot.here();
+    for (n, step) in plan.steps.iter().enumerate() {
+        l.need = step.need;
+        l.taken = step.taken;
+        for g in plan.checks(n) {
+            l.check_group(&plan, g, &step.i);
+        }
+        l.instruction(&plan, n);
     }
-    if !ended {
-        l.need = needs[list.len()];
-        l.direct_exit(last.next_ip(), page, false);
+    if !plan.ended {
+        l.need = plan.need_after;
+        let next = plan.steps.last()?.i.next_ip();
+        if plan.at_crossing {
+            // That block depends on the next page's translation too: only the jump table knows whether it is good.
+            l.code_address(A, next);
+            l.table_jump(false);
+        } else {
+            l.direct_exit(next, false);
+        }
     }
-    let cold = l.finish_cold(cold_base, first_exit);
+    let cold = l.finish_cold(at.cold, at.exit);
     Some(Lowered {
         hot: l.hot,
         cold,
@@ -242,10 +248,10 @@ pub fn lower(
         table_entry,
         exits: l.exits,
         sites: l.sites,
-        len: (last.next_ip() - rip) as u32,
-        count: list.len() as u32,
+        cold_sites: l.cold_sites,
+        count: plan.steps.len() as u32,
         path: if mode.verify {
-            list.iter().filter(|(_, k)| *k != Kind::Stop).map(|(i, _)| *i).collect()
+            plan.steps.iter().filter(|s| s.kind != Kind::Stop).map(|s| s.i).collect()
         } else {
             vec![]
         },
@@ -253,226 +259,139 @@ pub fn lower(
 }
 
 impl Lower<'_> {
-    /// Stores the flags where table exits and cold code expect them.
-    fn save_flags(&mut self) {
-        self.hot.pushf();
-        self.hot.pop_gs(jit!(lazy));
-        self.saved = true;
-    }
-
     /// To be called before a sequence that destroys the host's flags. True: it must keep them.
     pub(super) fn before_clobber(&mut self) -> bool {
-        if self.need.hard != 0 {
-            return true;
-        }
-        if self.need.soft != 0 && !self.saved {
-            self.save_flags();
-        }
-        false
+        self.need.hard != 0
     }
 
-    fn instruction(&mut self, i: &Instruction, kind: Kind, page: u64) {
+    /// The scratch registers A and B hold nothing.
+    pub(super) fn forget(&mut self) {
+        self.a = Holds::Nothing;
+        self.b = Holds::Nothing;
+    }
+
+    /// A host register with the value of a guest register that lives in the VP block.
+    pub(super) fn guest_in_b(&mut self, r: u8) -> u8 {
+        if self.a == Holds::Guest(r) {
+            return A;
+        }
+        if self.b != Holds::Guest(r) {
+            self.hot.load_gs(B, gpr(r));
+            self.b = Holds::Guest(r);
+        }
+        B
+    }
+
+    /// Is the address in the block's page?
+    pub(super) fn inside(&self, target: u64) -> bool {
+        target >> 12 == self.rip >> 12
+    }
+
+    /// Loads a register with the linear address of what is at `rip` in the block's own numbering.
+    pub(super) fn address_of_code(h: &mut Asm, to: u8, block: u64, rip: u64) {
+        h.load_gs(to, jit!(page));
+        let offset = rip.wrapping_sub(block & !0xfff) as i64;
+        // A displacement of 2 GiB at most: jumps and blocks reach no farther.
+        if offset != 0 {
+            h.lea(true, to, Some(to), 4, 1, offset as i32);
+        }
+    }
+
+    /// [`Lower::address_of_code`] in the hot code.
+    pub(super) fn code_address(&mut self, to: u8, rip: u64) {
+        Self::address_of_code(&mut self.hot, to, self.rip, rip);
+    }
+
+    fn instruction(&mut self, plan: &Plan, n: usize) {
+        let (i, kind) = (&plan.steps[n].i, plan.steps[n].kind);
         match kind {
             Kind::Nop => {}
-            Kind::Plain | Kind::Vector(_) => self.native(i, kind),
+            Kind::Plain | Kind::Vector(_) => self.native(plan, n),
             Kind::Lea => self.lea(i),
-            Kind::Push => self.push(i),
+            Kind::Push => self.push(plan, n),
             Kind::Pop => {
-                self.hot.mov(A, SP);
-                self.check(8, false);
+                self.addend(plan, plan.accesses_of(n)[0].group);
                 let to = i.op0_register().number() as u8;
                 match host(to) {
-                    Some(SP) => self.hot.load(SP, A, 0),
+                    Some(SP) => self.hot.load_indexed(SP, SP, C, 0),
                     Some(h) => {
-                        self.hot.load(h, A, 0);
+                        self.hot.load_indexed(h, SP, C, 0);
                         self.hot.lea(true, SP, Some(SP), 4, 1, 8);
                     }
                     None => {
-                        self.hot.load(B, A, 0);
-                        self.hot.store_gs(B, gpr(to));
+                        self.hot.load_indexed(B, SP, C, 0);
+                        self.set_held(B, to);
                         self.hot.lea(true, SP, Some(SP), 4, 1, 8);
                     }
                 }
             }
             Kind::Leave => {
-                self.hot.mov(A, 5);
-                self.check(8, false);
+                self.addend(plan, plan.accesses_of(n)[0].group);
                 self.hot.lea(true, SP, Some(5), 4, 1, 8);
-                self.hot.load(5, A, 0);
+                self.hot.load_indexed(5, 5, C, 0);
             }
-            Kind::Jcc => self.jcc(i, page),
+            Kind::Jcc => self.jcc(i),
             Kind::Jmp => {
                 let target = i.near_branch64();
-                self.direct_exit(target, page, target <= i.ip());
+                self.direct_exit(target, target <= i.ip());
             }
-            Kind::Call => {
-                self.push_return(i);
-                self.direct_exit(i.near_branch64(), page, false);
-            }
-            Kind::Ret => {
-                self.hot.mov(A, SP);
-                self.check(8, false);
-                self.hot.load(A, A, 0);
-                let extra = if i.op_count() == 1 { i32::from(i.immediate16()) } else { 0 };
-                self.hot.lea(true, SP, Some(SP), 4, 1, 8 + extra);
-                self.table_exit();
-            }
+            Kind::Call => self.call(plan, n),
+            Kind::Ret => self.ret(plan, n),
             Kind::JmpIndirect => {
-                self.branch_target(i);
-                self.table_exit();
+                self.branch_target(plan, n);
+                self.poll_table();
+                self.table_jump(false);
             }
-            Kind::CallIndirect => {
-                if i.op0_kind() == OpKind::Register {
-                    self.push_return(i);
-                    self.branch_target(i);
-                } else {
-                    self.branch_target(i);
-                    self.hot.store_gs(A, jit!(temporary));
-                    self.push_return(i);
-                    self.hot.load_gs(A, jit!(temporary));
-                }
-                self.table_exit();
-            }
-            Kind::Interpret => {
-                self.call_interpreter(i);
-            }
+            Kind::CallIndirect => self.call_indirect(plan, n),
+            Kind::Interpret => self.call_interpreter(i),
             Kind::System(system) => self.system(i, system),
             Kind::Stop => {
-                // Flags are in the host's register: the need before a Stop is hard.
-                self.hot.mov_imm(A, i.ip());
+                // Flags are in the host's register: all are needed before a Stop.
+                self.code_address(A, i.ip());
                 let system = kernel::advances(i);
                 self.hot.jmp(if system { self.thunks.exit_system } else { self.thunks.exit_interpret });
             }
         }
-        let lazy = self.need.hard == 0 && self.saved;
-        if flags::effect(i, kind).writes != 0 {
-            self.saved = false;
+        let keeps = matches!(
+            kind,
+            Kind::Nop | Kind::Plain | Kind::Vector(_) | Kind::Lea | Kind::Push | Kind::Pop | Kind::Leave | Kind::Jcc
+        );
+        if !keeps || !self.open_misses.is_empty() || !self.slow.is_empty() {
+            self.forget();
+        }
+        let leaves = matches!(kind, Kind::Call | Kind::Ret | Kind::JmpIndirect | Kind::CallIndirect);
+        self.close_misses(if leaves { 0 } else { self.hot.here() });
+        if plan.loses_addend(n) {
+            self.current = usize::MAX;
         }
         if !self.slow.is_empty() {
             let from = std::mem::take(&mut self.slow);
-            let leaves = matches!(kind, Kind::Call | Kind::Ret | Kind::JmpIndirect | Kind::CallIndirect);
-            let resume = if leaves { 0 } else { self.hot.here() };
+            let resume = self.hot.here();
             let light = !kernel::touches_vector(i);
-            self.cold.push(Cold::Interpret { from, rip: i.ip(), len: i.len() as u8, lazy, light, resume });
+            self.cold.push(Cold::Interpret { from, rip: i.ip(), len: i.len() as u8, light, resume });
+            // The interpreter leaves nothing in the scratch registers.
+            self.current = usize::MAX;
         }
     }
 
     /// Bytes of an instruction.
-    fn bytes(&self, i: &Instruction) -> &[u8] {
-        let at = (i.ip() - self.rip) as usize;
-        &self.code[at..at + i.len()]
-    }
-
-    /// Loads A with the linear address of the memory operand.
-    pub(super) fn address(&mut self, i: &Instruction) {
-        self.address_into(A, i, false);
-        let segment = i.memory_segment();
-        if matches!(segment, Register::FS | Register::GS) {
-            let at = offset_of!(VpBlock, segments)
-                + size_of::<Segment>() * if segment == Register::FS { sreg::FS } else { sreg::GS }
-                + offset_of!(Segment, base);
-            self.hot.load_gs(B, at);
-            self.hot.lea(true, A, Some(A), B, 1, 0);
-        }
-    }
-
-    /// Loads a host register with the offset of the memory operand.
-    fn address_into(&mut self, to: u8, i: &Instruction, narrow_result: bool) {
-        let (base, index) = (i.memory_base(), i.memory_index());
-        let displacement = i.memory_displacement64();
-        if matches!(base, Register::RIP | Register::EIP) {
-            self.hot.mov_imm(to, if narrow_result { displacement & 0xffff_ffff } else { displacement });
-            return;
-        }
-        let narrow = match (base, index) {
-            (Register::None, Register::None) => {
-                let wide = i.memory_displ_size() == 8 && !narrow_result;
-                let value = if wide { displacement } else { displacement & 0xffff_ffff };
-                self.hot.mov_imm(to, value);
-                return;
-            }
-            (Register::None, x) => x.size() == 4,
-            (b, _) => b.size() == 4,
-        } || narrow_result;
-        let b = (base != Register::None).then(|| {
-            let n = base.number() as u8;
-            host(n).unwrap_or_else(|| {
-                self.hot.load_gs(A, gpr(n));
-                A
-            })
-        });
-        let x = if index == Register::None {
-            4
-        } else {
-            let n = index.number() as u8;
-            host(n).unwrap_or_else(|| {
-                self.hot.load_gs(B, gpr(n));
-                B
-            })
-        };
-        match b {
-            Some(b) if x == 4 && displacement == 0 && !narrow => {
-                if b != to {
-                    self.hot.mov(to, b);
-                }
-            }
-            _ => {
-                let scale = if x == 4 { 1 } else { i.memory_index_scale() as u8 };
-                self.hot.lea(!narrow, to, b, x, scale, displacement as i32);
-            }
-        }
-    }
-
-    /// Turns the linear address in A into a host address, or goes the slow way.
-    pub(super) fn check(&mut self, size: usize, write: bool) {
-        let keep = self.before_clobber();
-        let h = &mut self.hot;
-        if keep {
-            // lahf; seto al
-            h.store_gs(RAX, jit!(rax));
-            h.bs(&[0x9f, 0x0f, 0x90, 0xc0]);
-        }
-        if self.bmi2 {
-            h.rorx(B, A, 7);
-        } else {
-            h.mov(B, A);
-            h.bs(&[0x49, 0xc1, 0xea, 7]); // shr r10, 7
-        }
-        const { assert!(size_of::<TlbEntry>() == 32) };
-        h.alu_imm(false, 4, B, ((SLOTS - 1) << 5) as i32);
-        h.gs(true, 0x03, B, offset_of!(VpBlock, tlb) + offset_of!(TlbPointers, data));
-        h.mov(C, A);
-        let tag = if write { offset_of!(TlbEntry, tag_w) } else { offset_of!(TlbEntry, tag_r) };
-        h.op_mem(0x2b, C, B, tag as i32);
-        h.alu_imm(true, 7, C, 4096 - size as i32);
-        let from = h.jcc(cc::A, 0);
-        h.op_mem(0x03, A, B, offset_of!(TlbEntry, addend) as i32);
-        if keep {
-            Self::restore_flags(h);
-        }
-        self.slow.push((from, keep));
-    }
-
-    /// Ends a flags-in-RAX sequence: add al, 0x7f; sahf; RAX back.
-    pub(super) fn restore_flags(h: &mut Asm) {
-        h.bs(&[0x04, 0x7f, 0x9e]);
-        h.load_gs(RAX, jit!(rax));
+    pub(super) fn bytes(&self, i: &Instruction) -> &[u8] {
+        let at = (i.ip() & 0xfff) as usize;
+        &self.page[at..at + i.len()]
     }
 
     /// The instruction itself, on host operands.
-    fn native(&mut self, i: &Instruction, kind: Kind) {
-        if let Kind::Vector(avx) = kind {
-            self.ensure_vector(i, avx);
-        }
-        let memory = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
+    fn native(&mut self, plan: &Plan, n: usize) {
+        let (i, kind) = (&plan.steps[n].i, plan.steps[n].kind);
         let general =
             |n: u32| (i.op_kind(n) == OpKind::Register && i.op_register(n).is_gpr()).then(|| i.op_register(n));
+        let access = plan.accesses_of(n).first();
         let moved =
             (0..i.op_count()).filter_map(general).any(|r| !classify::is_high8(r) && host(number(r)) != Some(number(r)));
-        if !memory && !moved {
+        if access.is_none() && !moved {
             self.site(i, kind);
-            let at = (i.ip() - self.rip) as usize;
-            self.hot.bs(&self.code[at..at + i.len()]);
+            let at = (i.ip() & 0xfff) as usize;
+            self.hot.bs(&self.page[at..at + i.len()]);
             return;
         }
         let shape = shape(i);
@@ -480,14 +399,13 @@ impl Lower<'_> {
         let raw = Raw::parse(self.bytes(i), shape.modrm);
         let (Some(mut raw), false) = (raw, high) else {
             self.call_interpreter(i);
+            self.current = usize::MAX;
+            self.forget();
             return;
         };
-        if memory {
-            self.address(i);
-            self.check(i.memory_size().size(), shape.writes_memory);
-        }
-        let mut free = [C, B, A].into_iter().filter(|r| !memory || *r != A).collect::<Vec<_>>();
-        let mut held: Vec<(u8, u8, bool)> = Vec::new();
+        // Guest registers that need a scratch register.
+        let mut held = [Held::default(); 4];
+        let mut holds = 0;
         for n in 0..i.op_count() {
             let Some(r) = general(n) else { continue };
             let guest = number(r);
@@ -496,33 +414,28 @@ impl Lower<'_> {
             }
             let written = if n == 0 { !shape.op0_read_only } else { shape.others_written };
             let load = n != 0 || !(shape.op0_write_only && r.size() >= 4);
-            match held.iter_mut().find(|h| h.0 == guest) {
+            match held[..holds].iter_mut().find(|h| h.guest == guest) {
                 Some(h) => {
-                    // The first mention may have been write-only; loading again is harmless before the instruction.
-                    if load {
-                        self.hot.load_gs(h.1, gpr(guest));
-                    }
-                    h.2 |= written;
+                    h.load |= load;
+                    h.written |= written;
                 }
                 None => {
-                    let Some(s) = free.pop() else {
-                        unreachable!("an instruction names at most three general registers")
-                    };
-                    if load {
-                        self.hot.load_gs(s, gpr(guest));
-                    }
-                    held.push((guest, s, written));
+                    held[holds] = Held { guest, host: 0, load, written };
+                    holds += 1;
                 }
             }
         }
-        let map = |n: u8| host(n).or_else(|| held.iter().find(|h| h.0 == n).map(|h| h.1)).unwrap_or(n);
-        let place = if memory {
-            Place::Memory(A)
-        } else if shape.rm {
-            Place::Register(map(raw.rm()))
-        } else {
-            Place::Register(raw.rm())
+        let held = &mut held[..holds];
+        let place = access.map(|access| self.place(plan, access, holds > 1));
+        let free: &[u8] = match place {
+            None => &[A, B, C],
+            Some(Place::Indexed(base, ..)) if base == A => &[B],
+            Some(Place::Indexed(..)) => &[A, B],
+            Some(_) => &[B, C],
         };
+        self.assign_scratch(held, free);
+        let map = |n: u8| host(n).or_else(|| held.iter().find(|h| h.guest == n).map(|h| h.host)).unwrap_or(n);
+        let place = place.unwrap_or_else(|| Place::Register(if shape.rm { map(raw.rm()) } else { raw.rm() }));
         if shape.reg {
             raw.set_reg(map(raw.reg()));
         }
@@ -534,200 +447,172 @@ impl Lower<'_> {
         }
         self.site(i, kind);
         raw.emit(&mut self.hot.bytes, place);
-        for (guest, s, written) in held {
-            if written {
-                self.hot.store_gs(s, gpr(guest));
+        for h in held.iter().filter(|h| h.written) {
+            self.hot.store_gs(h.host, gpr(h.guest));
+        }
+        if held.iter().any(|h| h.host == C) || matches!(place, Place::Memory(_)) {
+            self.current = usize::MAX;
+        }
+        // An instruction may change a register that it does not name only among those that live in host registers.
+        debug_assert!(plan::written(i) & MOVED & !held.iter().fold(0, |m, h| m | 1 << h.guest) == 0);
+    }
+
+    /// Gives each guest register a scratch register, and loads what is not there yet.
+    fn assign_scratch(&mut self, held: &mut [Held], free: &[u8]) {
+        let mut taken = [false; 3];
+        let index = |s: u8| usize::from(s - A);
+        for h in held.iter_mut() {
+            let there = match Holds::Guest(h.guest) {
+                g if g == self.a && free.contains(&A) => A,
+                g if g == self.b && free.contains(&B) => B,
+                _ => continue,
+            };
+            h.host = there;
+            h.load = false;
+            taken[index(there)] = true;
+        }
+        for h in held.iter_mut() {
+            if h.host == 0 {
+                // Rather one that holds nothing.
+                let open = |s: &&u8| !taken[index(**s)];
+                let empty = |s: &&u8| match **s {
+                    A => self.a == Holds::Nothing,
+                    B => self.b == Holds::Nothing,
+                    _ => false,
+                };
+                let Some(&s) = free.iter().find(|s| open(s) && empty(s)).or_else(|| free.iter().find(open)) else {
+                    unreachable!("an instruction names at most three general registers, two beside memory")
+                };
+                taken[index(s)] = true;
+                h.host = s;
+                if h.load {
+                    self.hot.load_gs(s, gpr(h.guest));
+                }
             }
+            // Nowhere else is the register's value kept: it may be written now.
+            for holds in [&mut self.a, &mut self.b] {
+                if *holds == Holds::Guest(h.guest) {
+                    *holds = Holds::Nothing;
+                }
+            }
+            match h.host {
+                A => self.a = Holds::Guest(h.guest),
+                B => self.b = Holds::Guest(h.guest),
+                _ => {}
+            }
+        }
+    }
+
+    /// Writes a scratch register to a guest register that lives in the VP block.
+    fn set_held(&mut self, from: u8, guest: u8) {
+        self.hot.store_gs(from, gpr(guest));
+        for holds in [&mut self.a, &mut self.b] {
+            if *holds == Holds::Guest(guest) {
+                *holds = Holds::Nothing;
+            }
+        }
+        match from {
+            A => self.a = Holds::Guest(guest),
+            B => self.b = Holds::Guest(guest),
+            _ => {}
         }
     }
 
     /// Remembers that the next host instruction may raise a signal.
     fn site(&mut self, i: &Instruction, kind: Kind) {
         if classify::may_signal(i, kind) {
-            let lazy = self.need.hard == 0 && self.saved;
-            self.sites.push(Site { at: self.hot.here(), rip: i.ip(), lazy });
+            self.sites.push(Site { at: self.hot.here(), offset: (i.ip() & 0xfff) as u16 });
         }
+    }
+
+    /// A piece of hot code with its sites is executed in the cold code too.
+    pub(super) fn copy_sites(&mut self, start: u64, end: u64, to: u64) {
+        let inside = self.sites.iter().filter(|s| (start..end).contains(&s.at));
+        self.cold_sites.extend(inside.map(|s| Site { at: s.at - start + to, ..*s }));
     }
 
     fn lea(&mut self, i: &Instruction) {
         let to = i.op0_register().number() as u8;
         let dest = host(to).unwrap_or(A);
-        self.address_into(dest, i, i.op0_register().size() == 4);
+        let (mut expression, displacement) = plan::expression_of(i, self.rip & !0xfff);
+        expression.segment = plan::SegmentBase::Flat;
+        expression.narrow |= i.op0_register().size() == 4;
+        let simple = expression.direct(host).is_some();
+        if !simple || dest == A {
+            self.linear(dest, &expression, displacement);
+        } else {
+            Self::linear_address(&mut self.hot, dest, &expression, displacement);
+        }
         if host(to).is_none() {
-            self.hot.store_gs(dest, gpr(to));
+            self.set_held(dest, to);
         }
     }
 
-    /// A = RSP - 8, checked for writing.
-    pub(super) fn push_place(&mut self) {
-        self.hot.lea(true, A, Some(SP), 4, 1, -8);
-        self.check(8, true);
-    }
-
-    fn push(&mut self, i: &Instruction) {
-        let store_imm = |l: &mut Self, value: i32| {
-            l.hot.bs(&[0x49, 0xc7, 0x01]); // mov qword [r9], imm32
-            l.hot.d(value as u32);
-        };
+    fn push(&mut self, plan: &Plan, n: usize) {
+        let i = &plan.steps[n].i;
+        let accesses = plan.accesses_of(n);
+        let Some(stack) = accesses.last() else { return };
         match i.op0_kind() {
             OpKind::Register => {
-                let n = i.op0_register().number() as u8;
-                self.push_place();
-                let from = host(n).unwrap_or_else(|| {
-                    self.hot.load_gs(B, gpr(n));
-                    B
-                });
-                self.hot.store(from, A, 0);
+                self.addend(plan, stack.group);
+                let r = i.op0_register().number() as u8;
+                let from = host(r).unwrap_or_else(|| self.guest_in_b(r));
+                self.hot.store_indexed(from, SP, C, -8);
             }
             OpKind::Memory => {
-                self.address(i);
-                self.check(8, false);
-                self.hot.load(A, A, 0);
-                self.hot.store_gs(A, jit!(temporary));
-                self.push_place();
-                self.hot.load_gs(B, jit!(temporary));
-                self.hot.store(B, A, 0);
+                let place = self.place(plan, &accesses[0], false);
+                self.load_place(B, place);
+                self.b = Holds::Nothing;
+                self.addend(plan, stack.group);
+                self.hot.store_indexed(B, SP, C, -8);
             }
             _ => {
-                self.push_place();
-                store_imm(self, i.immediate(0) as i32);
+                self.addend(plan, stack.group);
+                self.hot.store_indexed_imm(SP, C, -8, i.immediate(0) as i32);
             }
         }
         self.hot.lea(true, SP, Some(SP), 4, 1, -8);
-    }
-
-    fn push_return(&mut self, i: &Instruction) {
-        self.push_place();
-        let next = i.next_ip();
-        if let Ok(imm) = i32::try_from(next as i64) {
-            self.hot.bs(&[0x49, 0xc7, 0x01]);
-            self.hot.d(imm as u32);
-        } else {
-            self.hot.mov_imm(B, next);
-            self.hot.store(B, A, 0);
-        }
-        self.hot.lea(true, SP, Some(SP), 4, 1, -8);
-    }
-
-    /// A = target of an indirect branch.
-    fn branch_target(&mut self, i: &Instruction) {
-        if i.op0_kind() == OpKind::Register {
-            let n = i.op0_register().number() as u8;
-            match host(n) {
-                Some(h) => self.hot.mov(A, h),
-                None => self.hot.load_gs(A, gpr(n)),
-            }
-        } else {
-            self.address(i);
-            self.check(8, false);
-            self.hot.load(A, A, 0);
-        }
-    }
-
-    fn jcc(&mut self, i: &Instruction, page: u64) {
-        let target = i.near_branch64();
-        let encoded = encoded_condition(self.bytes(i));
-        if target >> 12 != page {
-            let from = self.hot.jcc(encoded, 0);
-            self.cold.push(Cold::Table { from, target, save: self.taken != 0 });
-        } else if target > i.ip() {
-            let from = self.hot.jcc(encoded, 0);
-            self.cold.push(Cold::Exit { from, target });
-        } else {
-            let over = self.hot.short(0x70 | encoded ^ 1);
-            self.poll(target, self.taken != 0);
-            let from = self.hot.jmp(0);
-            self.cold.push(Cold::Exit { from, target });
-            self.hot.close(over);
-        }
-    }
-
-    /// Leaves towards `target` if somebody wants attention.
-    fn poll(&mut self, target: u64, keep: bool) {
-        let attention = offset_of!(VpBlock, attention);
-        if keep {
-            self.hot.mov(A, RCX);
-            self.hot.load_gs32(RCX, attention);
-            let none = self.hot.short(0xe3); // jrcxz
-            self.hot.mov(RCX, A);
-            let from = self.hot.jmp(0);
-            self.cold.push(Cold::Poll { from, target });
-            self.hot.close(none);
-            self.hot.mov(RCX, A);
-        } else {
-            self.hot.cmp_gs32(attention, 0);
-            let from = self.hot.jcc(cc::NE, 0);
-            self.cold.push(Cold::Poll { from, target });
-        }
-    }
-
-    /// Leaves the block for a known target.
-    fn direct_exit(&mut self, target: u64, page: u64, poll: bool) {
-        if target >> 12 == page {
-            if poll {
-                self.poll(target, self.need.hard != 0);
-            }
-            let from = self.hot.jmp(0);
-            self.cold.push(Cold::Exit { from, target });
-        } else {
-            self.before_clobber();
-            self.hot.mov_imm(A, target);
-            table_jump(&mut self.hot, self.thunks);
-        }
-    }
-
-    /// Leaves the block for the target in A.
-    fn table_exit(&mut self) {
-        self.before_clobber();
-        table_jump(&mut self.hot, self.thunks);
     }
 
     /// Executes an instruction in the interpreter, in line.
     fn call_interpreter(&mut self, i: &Instruction) {
-        let lazy = self.need.hard == 0 && self.saved;
-        if lazy {
-            self.hot.push_gs(jit!(lazy));
-            self.hot.popf();
-        }
-        self.hot.mov_imm(A, i.ip());
+        self.code_address(A, i.ip());
         self.hot.mov_imm(B, i.len() as u64);
         let light = !kernel::touches_vector(i);
         self.hot.call(if light { self.thunks.call_interpreter_light } else { self.thunks.call_interpreter });
     }
 
-    /// Makes sure that the vector state is in the host's registers.
-    fn ensure_vector(&mut self, i: &Instruction, avx: bool) {
-        let level = 1 + u8::from(avx);
-        if self.vector >= level {
+    /// Makes sure that the vector state is in the host's registers, at the start of a block that uses it.
+    fn ensure_vector(&mut self, level: u8) {
+        if level == 0 {
             return;
         }
-        self.vector = level;
-        let keep = self.before_clobber();
-        if keep {
-            self.hot.pushf();
+        let (from, swapped);
+        if self.need.hard == 0 {
+            self.hot.cmp_gs32(jit!(vector), level);
+            from = self.hot.jcc(cc::B, 0);
+            swapped = false;
+        } else {
+            self.hot.mov(A, RCX);
+            self.hot.load_gs32(RCX, if level == 1 { jit!(no_sse) } else { jit!(no_avx) });
+            let loaded = self.hot.short(0xe3); // jrcxz
+            from = self.hot.jmp(0);
+            self.hot.close(loaded);
+            self.hot.mov(RCX, A);
+            swapped = true;
         }
-        self.hot.cmp_gs32(jit!(vector), level);
-        let from = self.hot.jcc(2, 0); // jb
-        if keep {
-            self.hot.popf();
-        }
-        let lazy = !keep && self.saved;
-        self.cold.push(Cold::Vector { from, rip: i.ip(), level, lazy, pop: keep, resume: self.hot.here() });
+        self.cold.push(Cold::Vector { from, level, swapped, resume: self.hot.here() });
     }
 
     /// Emits the cold parts.
     fn finish_cold(&mut self, base: u64, first_exit: u32) -> Asm {
         let mut c = Asm::new(base);
-        let load_lazy = |c: &mut Asm, lazy: bool| {
-            if lazy {
-                c.push_gs(jit!(lazy));
-                c.popf();
-            }
-        };
+        let block = self.rip;
+        let mut exits = std::mem::take(&mut self.exits);
         for cold in std::mem::take(&mut self.cold) {
             let here = c.here();
             match cold {
-                Cold::Interpret { from, rip, len, lazy, light, resume } => {
+                Cold::Interpret { from, rip, len, light, resume } => {
                     for keep in [true, false] {
                         let here = c.here();
                         let mut any = false;
@@ -739,70 +624,83 @@ impl Lower<'_> {
                             Self::restore_flags(&mut c);
                         }
                     }
-                    load_lazy(&mut c, lazy);
-                    c.mov_imm(A, rip);
-                    if resume == 0 {
-                        c.jmp(self.thunks.exit_system);
-                    } else {
-                        c.mov_imm(B, u64::from(len));
-                        c.call(if light { self.thunks.call_interpreter_light } else { self.thunks.call_interpreter });
-                        c.jmp(resume);
-                    }
+                    self.interpret_and_resume(&mut c, rip, len, light, resume);
                 }
-                Cold::Vector { from, rip, level, lazy, pop, resume } => {
+                Cold::Miss(miss) => self.miss(&mut c, miss, first_exit, &mut exits),
+                Cold::Vector { from, level, swapped, resume } => {
                     self.hot.patch(from, here);
-                    if pop {
-                        c.popf();
+                    if swapped {
+                        c.mov(RCX, A);
                     }
-                    load_lazy(&mut c, lazy);
-                    c.mov_imm(A, rip);
+                    Self::address_of_code(&mut c, A, block, block);
                     c.mov_imm(C, u64::from(level));
                     c.call(self.thunks.call_vector);
                     c.jmp(resume);
                 }
-                Cold::Exit { from, target } => {
+                Cold::Exit { from, target, shape } => {
                     self.hot.patch(from, here);
-                    c.mov_imm(A, u64::from(first_exit) + self.exits.len() as u64);
-                    c.jmp(self.thunks.exit_direct);
-                    self.exits.push(Exit { target, patch: from, stub: here });
+                    Self::exit_stub(&mut c, self.thunks, from, target, shape, first_exit, &mut exits);
                 }
-                Cold::Table { from, target, save } => {
+                Cold::Table { from, target, poll } => {
                     self.hot.patch(from, here);
-                    if save {
-                        c.pushf();
-                        c.pop_gs(jit!(lazy));
+                    Self::address_of_code(&mut c, A, block, target);
+                    if poll {
+                        Self::emit_poll_table(&mut c, self.thunks);
                     }
-                    c.mov_imm(A, target);
-                    table_jump(&mut c, self.thunks);
+                    Self::emit_table_jump(&mut c, self.thunks, false);
                 }
-                Cold::Poll { from, target } => {
+                Cold::Poll { from, target, swapped } => {
                     self.hot.patch(from, here);
-                    c.mov_imm(A, target);
+                    if swapped {
+                        c.mov(RCX, A);
+                    }
+                    Self::address_of_code(&mut c, A, block, target);
                     c.jmp(self.thunks.exit_resume);
                 }
             }
         }
+        self.exits = exits;
         c
     }
-}
 
-/// Jumps through the jump table to the target in A; the flags are in `lazy`.
-fn table_jump(h: &mut Asm, thunks: &Thunks) {
-    h.cmp_gs32(offset_of!(VpBlock, attention), 0);
-    h.jcc(cc::NE, thunks.exit_table);
-    h.bs(&[0x45, 0x0f, 0xb7, 0xd1]); // movzx r10d, r9w
-    h.bs(&[0x41, 0xc1, 0xe2, 4]); // shl r10d, 4
-    h.gs(true, 0x03, B, jit!(jump_table));
-    h.op_mem(0x3b, A, B, 0);
-    h.jcc(cc::NE, thunks.exit_table);
-    h.bs(&[0x41, 0xff, 0x62, 8]); // jmp [r10 + 8]
-}
+    /// The unpatched end of a direct exit.
+    pub(super) fn exit_stub(
+        c: &mut Asm,
+        thunks: &Thunks,
+        patch: u64,
+        target: u16,
+        shape: Shape,
+        first_exit: u32,
+        exits: &mut Vec<Exit>,
+    ) {
+        let stub = c.here();
+        c.mov_imm(A, u64::from(first_exit) + exits.len() as u64);
+        c.jmp(thunks.exit_direct);
+        exits.push(Exit { target, shape, patch, stub });
+    }
 
-/// Condition of a Jcc from its bytes.
-fn encoded_condition(bytes: &[u8]) -> u8 {
-    match bytes.iter().position(|b| *b == 0x0f) {
-        Some(at) if bytes.get(at + 1).is_some_and(|b| b & 0xf0 == 0x80) => bytes[at + 1] & 15,
-        _ => bytes.iter().find(|b| *b & 0xf0 == 0x70).map_or(0, |b| b & 15),
+    /// Cold: the interpreter executes an instruction, and the block goes on at `resume` (0: it is left).
+    pub(super) fn interpret_and_resume(&self, c: &mut Asm, rip: u64, len: u8, light: bool, resume: u64) {
+        Self::address_of_code(c, A, self.rip, rip);
+        if resume == 0 {
+            c.jmp(self.thunks.exit_system);
+        } else {
+            c.mov_imm(B, u64::from(len));
+            c.call(if light { self.thunks.call_interpreter_light } else { self.thunks.call_interpreter });
+            c.jmp(resume);
+        }
+    }
+
+    /// Ends a flags-in-RAX sequence: add al, 0x7f; sahf; RAX back.
+    pub(super) fn restore_flags(h: &mut Asm) {
+        h.bs(&[0x04, 0x7f, 0x9e]);
+        h.load_gs(RAX, jit!(rax));
+    }
+
+    /// Begins one: RAX into the block; lahf; seto al.
+    pub(super) fn keep_flags(h: &mut Asm) {
+        h.store_gs(RAX, jit!(rax));
+        h.bs(&[0x9f, 0x0f, 0x90, 0xc0]);
     }
 }
 
@@ -810,6 +708,7 @@ fn encoded_condition(bytes: &[u8]) -> u8 {
 mod tests {
     use super::*;
     use crate::features::Features;
+    use iced_x86::{Decoder, DecoderOptions};
     use x86::cpuid::CpuModel;
 
     /// The hot code of a block, disassembled.
@@ -817,9 +716,10 @@ mod tests {
         let model = CpuModel::by_name("x86-64-v3").unwrap();
         let features = Features::from_table(&model.table(0, 1, 1_000_000_000));
         let thunks = Thunks { bmi2: true, ..Thunks::default() };
-        let l =
-            lower(0x1000, code, &|_| flags::ALL, &features, kernel::Mode::default(), &thunks, 0x10_0000, 0x20_0000, 0)
-                .unwrap();
+        let mut page = [0xf4; 4096];
+        page[..code.len()].copy_from_slice(code);
+        let at = Location { hot: 0x10_0000, cold: 0x20_0000, exit: 0 };
+        let l = lower(0x1000, &page, Shape::Grouped, &features, kernel::Mode::default(), &thunks, at).unwrap();
         Decoder::with_ip(64, &l.hot.bytes, 0x10_0000, DecoderOptions::NONE).iter().map(|i| i.to_string()).collect()
     }
 
@@ -840,5 +740,13 @@ mod tests {
         assert!(text.iter().any(|t| t == "mov %r12,%rax"), "{text:#?}");
         let text = hot(&[0x48, 0x89, 0xe0, 0xf4]);
         assert!(text.iter().any(|t| t == "mov %r15,%rax"), "{text:#?}");
+    }
+
+    #[test]
+    fn the_second_access_of_a_group_is_one_instruction() {
+        // mov rax,[rbx]; mov rcx,[rbx+8]
+        let text = hot(&[0x48, 0x8b, 3, 0x48, 0x8b, 0x4b, 8, 0xf4]);
+        let first = text.iter().position(|t| t == "mov (%rbx,%r11),%rax").expect("first access");
+        assert_eq!(text[first + 1], "mov 8(%rbx,%r11),%rcx", "{text:#?}");
     }
 }

@@ -1,13 +1,13 @@
 //! Executing through translations: finding, making and chaining blocks, and what happens when they come back.
 
 use super::cache::{Key, Translator};
-use super::flags;
 use super::kernel::{self, Mode};
 use super::lower::lower;
+use super::plan::Shape;
 use super::thunks::{self, Helpers, Thunks};
-use crate::interp;
 use crate::stats::Count;
 use crate::vp::{CodeSize, SoftVp, VpBlock, attention};
+use crate::{interp, signals};
 use partition::Activity;
 use partition::clock::host_tsc;
 use std::cell::Cell;
@@ -17,8 +17,8 @@ use x86::paging::PAGE_SIZE;
 use x86::regs::{cr0, cr4, rflags, xcr0};
 
 thread_local! {
-    /// The translator whose code this thread executes, for the signal handler.
-    static CURRENT: Cell<*const Translator> = const { Cell::new(std::ptr::null()) };
+    /// The translator whose code this thread executes, and the VP's block, for the signal handler.
+    static CURRENT: Cell<(*const Translator, *const VpBlock)> = const { Cell::new((std::ptr::null(), std::ptr::null())) };
 }
 
 /// Called from translated code: executes the instruction at the VP block's RIP. Not zero if the block can go on behind
@@ -38,9 +38,50 @@ unsafe extern "C" fn interpret(vp: *mut SoftVp, len: u64) -> u64 {
             && vp.s.cpl == cpl
             && translates(vp)
             && vp.s.attention.load(Ordering::Relaxed) == 0
-            && vp.activity == Activity::Running;
+            && vp.activity == Activity::Running
+            && vp.s.tlb.code_epoch == vp.s.jit.shadow_epoch;
         u64::from(go_on)
     })
+}
+
+/// Called from translated code: makes the TLB hit for an access that will perhaps follow, if that changes nothing but a page's A
+/// bit. What is wanted: bytes, bit 16 for a write, bit 17 if a copy of the operand will do. Gives a [`super::memory::Filled`].
+unsafe extern "C" fn fill(vp: *mut SoftVp, la: u64, wanted: u64) -> u64 {
+    // SAFETY: as in `interpret`.
+    let vp = unsafe { &mut *vp };
+    let (len, write, copy) = (wanted as u16, wanted >> 16 & 1 != 0, wanted >> 17 & 1 != 0);
+    guarded(vp, |vp| vp.fill_for(la, len, write, copy) as u64)
+}
+
+/// Called from translated code: the copy that [`fill`] made has been worked on.
+unsafe extern "C" fn put_back(vp: *mut SoftVp) {
+    // SAFETY: as in `interpret`.
+    let vp = unsafe { &mut *vp };
+    guarded(vp, |vp| {
+        vp.put_back();
+        0
+    });
+}
+
+/// What translated code relies on of the address space in use.
+fn prepare(vp: &mut SoftVp, t: &Translator) {
+    vp.s.jit.jump_table = vp.jump_table();
+    sync_shadow(vp, t);
+}
+
+/// Return addresses are good as long as code is where it was.
+fn sync_shadow(vp: &mut SoftVp, t: &Translator) {
+    if vp.s.jit.shadow_epoch != vp.s.tlb.code_epoch {
+        vp.s.jit.shadow_epoch = vp.s.tlb.code_epoch;
+        vp.s.jit.shadow_rsp = t.shadow.top();
+    }
+}
+
+/// Drops all translations.
+pub(super) fn flush(vp: &mut SoftVp, t: &mut Translator) {
+    t.flush();
+    vp.flush_jumps();
+    vp.s.jit.shadow_epoch = 0;
 }
 
 /// Called from translated code where a block ends and the next one is not known: does what the code asks for and finds
@@ -58,20 +99,25 @@ unsafe extern "C" fn advance(vp: *mut SoftVp, value: u64, code: u64) -> u64 {
     guarded(vp, |vp| {
         // SAFETY: see above.
         let t = unsafe { &mut *t };
-        let mut exit = None;
+        let (mut exit, mut shape) = (None, Shape::Grouped);
         if vp.s.jit.verify != 0 {
             match code {
-                thunks::code::DIRECT => vp.s.rip = t.exit_target(value).unwrap_or(value),
+                thunks::code::DIRECT => {
+                    let Some((target, wanted)) = t.exit_target(value) else { return 0 };
+                    vp.s.rip = vp.s.jit.page | u64::from(target);
+                    vp.verify.single = wanted == Shape::Single;
+                }
                 thunks::code::INTERPRET | thunks::code::TABLE => vp.s.rip = value,
                 _ => {}
             }
-            vp.verify.early = code == thunks::code::INTERPRET;
+            vp.verify.early = code == thunks::code::INTERPRET || vp.verify.single;
             return 0;
         }
         match code {
             thunks::code::DIRECT => {
-                let Some(target) = t.exit_target(value) else { return 0 };
-                vp.s.rip = target;
+                let Some((target, wanted)) = t.exit_target(value) else { return 0 };
+                vp.s.rip = vp.s.jit.page | u64::from(target);
+                shape = wanted;
                 exit = Some(value);
             }
             thunks::code::INTERPRET => {
@@ -84,21 +130,23 @@ unsafe extern "C" fn advance(vp: *mut SoftVp, value: u64, code: u64) -> u64 {
         if vp.s.attention.load(Ordering::SeqCst) != 0 || vp.activity != Activity::Running || !translates(vp) {
             return 0;
         }
-        vp.s.jit.jump_table = vp.jump_table();
+        prepare(vp, t);
         if exit.is_none()
             && let Some(host) = vp.find_jump()
         {
             return host;
         }
-        let Some(block) = find(vp, t) else { return 0 };
+        let Some(block) = find(vp, t, shape) else { return 0 };
         // Translating may have asked this VP to drop its write permission for the page, which comes first.
         if vp.s.attention.load(Ordering::SeqCst) != 0 {
             return 0;
         }
+        // Translating may have dropped everything.
+        sync_shadow(vp, t);
         let host = t.table_entry(block);
         match exit {
             Some(exit) => t.chain(exit, block),
-            None => vp.enter_jump(vp.s.rip, host),
+            None => vp.enter_jump(vp.s.rip, host, t.goes_on(block)),
         }
         host
     })
@@ -147,6 +195,7 @@ unsafe extern "C" fn vector(vp: *mut SoftVp, level: u64) -> u64 {
 
 /// Executes until something wants attention; the same contract as [`interp::run`].
 pub fn run(vp: &mut SoftVp) {
+    signals::prepare_thread();
     let Some(mut translator) = take(vp) else {
         interp::run(vp);
         return;
@@ -163,9 +212,9 @@ pub(super) fn take(vp: &mut SoftVp) -> Option<Box<Translator>> {
     if vp.translator_refused {
         return None;
     }
-    crate::signals::install();
+    signals::install();
     let share = vp.partition.options.code_cache_bytes / vp.partition.vp_count().max(1) as usize;
-    match Translator::new(share, Helpers { interpret, vector, advance }) {
+    match Translator::new(share, Helpers { interpret, vector, fill, put_back, advance }) {
         Ok(translator) => Some(Box::new(translator)),
         Err(error) => {
             tracing::warn!(%error, "the host gives no executable memory (vm.memfd_noexec, SELinux execmem?): \
@@ -202,10 +251,9 @@ fn run_with(vp: &mut SoftVp, t: &mut Translator) {
         let assumed = kernel::assumed(vp);
         if assumed != vp.s.jit.assumed {
             vp.s.jit.assumed = assumed;
-            t.flush();
-            vp.flush_jumps();
+            flush(vp, t);
         }
-        let block = if translates(vp) { find(vp, t) } else { None };
+        let block = if translates(vp) { find(vp, t, Shape::Grouped) } else { None };
         let Some(block) = block else {
             interp::one(vp);
             continue;
@@ -235,7 +283,9 @@ fn run_with(vp: &mut SoftVp, t: &mut Translator) {
 
 /// Enters translated code; gives the exit's code and value.
 pub(super) fn execute(vp: &mut SoftVp, t: &mut Translator, entry: u64) -> (u64, u64) {
-    vp.s.jit.jump_table = vp.jump_table();
+    prepare(vp, t);
+    vp.s.jit.shadow_top = t.shadow.top();
+    vp.s.jit.page = vp.s.rip & !(PAGE_SIZE - 1);
     let Thunks { enter, fsgsbase, .. } = t.thunks;
     let translator: *mut Translator = t;
     vp.s.jit.translator = translator as u64;
@@ -254,65 +304,81 @@ pub(super) fn execute(vp: &mut SoftVp, t: &mut Translator, entry: u64) -> (u64, 
     // `advance`, with the pointers just stored; this function does not use its references until it returns.
     unsafe {
         let enter: unsafe extern "C" fn(*mut VpBlock, u64) -> u64 = std::mem::transmute(enter as *const ());
-        CURRENT.set(translator);
+        CURRENT.set((translator, block));
         let code = enter(block, entry);
-        CURRENT.set(std::ptr::null());
+        CURRENT.set((std::ptr::null(), std::ptr::null()));
         (*vp_pointer).s.jit.translator = 0;
         (code, (*vp_pointer).s.jit.exit_value)
     }
 }
 
 /// The block at the VP's RIP, translated if need be. `None`: not from plain memory, or the fetch faults.
-pub(super) fn find(vp: &mut SoftVp, t: &mut Translator) -> Option<u32> {
+pub(super) fn find(vp: &mut SoftVp, t: &mut Translator, shape: Shape) -> Option<u32> {
     let rip = vp.s.rip;
     let page = vp.fetch_page(rip).ok()?;
     if page.host.is_null() {
         return None;
     }
     let offset = rip & (PAGE_SIZE - 1);
-    let key = Key { rip, gpa: page.gpa | offset, kernel: vp.s.cpl == 0 };
+    // Translations do not depend on their address, but their comparison with the interpreter does.
+    let linear = if vp.s.jit.verify != 0 { rip & !(PAGE_SIZE - 1) } else { 0 };
+    let mut key = Key { gpa: page.gpa | offset, next: 0, shape, kernel: vp.s.cpl == 0, linear };
     if let Some(block) = t.find(key) {
         return Some(block);
     }
+    if let Some(block) = translate(vp, t, key, [page.host, std::ptr::null()]) {
+        return Some(block);
+    }
+    // The instruction goes on in the next page.
+    let next = vp.fetch_page((rip | (PAGE_SIZE - 1)).wrapping_add(1)).ok()?;
+    if next.host.is_null() || next.gpa == 0 || offset + LONGEST <= PAGE_SIZE {
+        return None;
+    }
+    key.next = next.gpa;
+    if let Some(block) = t.find(key) {
+        return Some(block);
+    }
+    translate(vp, t, key, [page.host, next.host])
+}
+
+/// Bytes of the longest instruction.
+const LONGEST: u64 = 15;
+
+/// Translates a block from its page, and the one that it goes on in.
+fn translate(vp: &mut SoftVp, t: &mut Translator, key: Key, hosts: [*const u8; 2]) -> Option<u32> {
     let begun = host_tsc();
-    let block = translate(vp, t, key, page.host);
+    let block = make(vp, t, key, hosts);
     vp.counts.add(Count::TranslateTicks, host_tsc().wrapping_sub(begun));
     block
 }
 
-fn translate(vp: &mut SoftVp, t: &mut Translator, key: Key, host: *const u8) -> Option<u32> {
-    let generation = vp.partition.track_code(key.gpa >> 12);
-    if t.page_generation(key.gpa >> 12).is_some_and(|g| g != generation) {
-        t.drop_page(key.gpa >> 12);
-        vp.flush_jumps();
+fn make(vp: &mut SoftVp, t: &mut Translator, key: Key, hosts: [*const u8; 2]) -> Option<u32> {
+    let mut generations = [0; 2];
+    let mut bytes = [0u8; (PAGE_SIZE + LONGEST) as usize];
+    let mut len = 0;
+    for (n, host) in hosts.into_iter().enumerate().filter(|(_, host)| !host.is_null()) {
+        let page = [key.gpa, key.next][n] >> 12;
+        let generation = vp.partition.track_code(page);
+        if t.page_generation(page).is_some_and(|g| g != generation) {
+            t.drop_page(page);
+            vp.flush_jumps();
+        }
+        generations[n] = generation;
+        let count = if n == 0 { PAGE_SIZE } else { LONGEST } as usize;
+        // SAFETY: `host` is a page that `fetch_page` found: live guest memory. It may change while it is copied; then its
+        // generation changes too, and the block is dropped.
+        unsafe { std::ptr::copy_nonoverlapping(host, bytes[len..].as_mut_ptr(), count) };
+        len += count;
     }
     if !t.has_room() {
-        t.flush();
-        vp.flush_jumps();
+        flush(vp, t);
     }
-    let mut bytes = [0u8; PAGE_SIZE as usize];
-    // SAFETY: `host` is the page that `fetch_page` found: live guest memory. It may change while it is copied; then its
-    // generation changes too, and the block is dropped.
-    unsafe { std::ptr::copy_nonoverlapping(host, bytes.as_mut_ptr(), bytes.len()) };
-    let offset = (key.rip & (PAGE_SIZE - 1)) as usize;
+    let offset = (key.gpa & (PAGE_SIZE - 1)) as usize;
     if vp.s.jit.sabotage != 0 && bytes[offset..].starts_with(&[0x48, 0x01]) {
         bytes[offset + 1] = 0x29;
     }
-    let class = vp.code_class();
-    let mode = Mode::of(vp);
-    let far = std::cell::RefCell::new(&mut vp.mmu);
-    let peek = |target: u64| -> u8 {
-        if target >> 12 == key.rip >> 12 {
-            return flags::peek(&bytes[(target & (PAGE_SIZE - 1)) as usize..]);
-        }
-        match far.borrow_mut().peek_code(class, target) {
-            Some((bytes, len)) => flags::peek(&bytes[..len]),
-            None => flags::ALL,
-        }
-    };
-    let (hot, cold, exit) = t.next();
-    let lowered = lower(key.rip, &bytes[offset..], &peek, &vp.features, mode, &t.thunks, hot, cold, exit)?;
-    t.insert(key, generation, lowered)
+    let lowered = lower(vp.s.rip, &bytes[..len], key.shape, &vp.features, Mode::of(vp), &t.thunks, t.next())?;
+    t.insert(key, generations, lowered)
 }
 
 /// Drops the blocks of pages that have changed.
@@ -346,18 +412,25 @@ pub(super) fn drop_changed(vp: &mut SoftVp, t: &mut Translator) {
 /// # Safety
 /// Only from a signal handler, with its `ucontext`.
 pub unsafe fn take_signal(context: *mut libc::ucontext_t) -> bool {
-    let current = CURRENT.with(Cell::get);
+    let (current, block) = CURRENT.with(Cell::get);
     if current.is_null() {
         return false;
     }
-    // SAFETY: `current` is the translator that `execute` on this thread uses: nobody changes it meanwhile.
+    // SAFETY: they are those that `execute` on this thread uses: nobody changes them meanwhile.
     unsafe {
         let gregs = &mut (*context).uc_mcontext.gregs;
         let t = &*current;
-        let Some(site) = t.site(gregs[libc::REG_RIP as usize] as u64) else { return false };
-        gregs[libc::REG_R9 as usize] = site.rip as i64;
-        gregs[libc::REG_RIP as usize] =
-            if site.lazy { t.thunks.exit_interpret_lazy } else { t.thunks.exit_interpret } as i64;
+        let at = gregs[libc::REG_RIP as usize] as u64;
+        if let Some(site) = t.site(at) {
+            gregs[libc::REG_R9 as usize] = ((*block).jit.page | u64::from(site.offset)) as i64;
+            gregs[libc::REG_RIP as usize] = t.thunks.exit_interpret as i64;
+            return true;
+        }
+        // The stack of return addresses is full: it is emptied, and the push is done again.
+        if t.contains(at) && t.shadow.guards(gregs[libc::REG_CR2 as usize] as u64) {
+            gregs[libc::REG_RSP as usize] = t.shadow.top() as i64;
+            return true;
+        }
     }
-    true
+    false
 }

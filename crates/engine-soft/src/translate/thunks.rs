@@ -3,8 +3,8 @@
 //! Inside, the host's stack pointer stays where [`Thunks::enter`] left it (16-byte aligned), the GS base is the VP
 //! block, and the guest's registers are where [`super::lower`] says.
 
-use super::JitState;
 use super::emit::{A, Asm, B, C, SP, cc};
+use super::flow;
 use super::lower::jit;
 use crate::native::host_components;
 use crate::vp::VpBlock;
@@ -36,12 +36,17 @@ pub struct Thunks {
     pub exit_direct: u64,
     /// A: RIP; flags in the host's register.
     pub exit_interpret: u64,
-    /// A: RIP; flags in `lazy`.
-    pub exit_interpret_lazy: u64,
     /// A: RIP; flags in the host's register.
     pub exit_resume: u64,
-    /// A: RIP; flags in `lazy`.
+    /// A: RIP; flags in the host's register.
     pub exit_table: u64,
+    /// Called behind an instruction that was executed on a copy of its operand: writes the copy back.
+    pub put_back: u64,
+    /// A: RIP; flags in the host's register. Where a return without its call comes to.
+    pub unpaired: u64,
+    /// Called with A: linear address, B: bytes, bit 16 for a write, bit 17 if a copy of the operand will do. Gives in B a
+    /// [`super::memory::Filled`], in C an addend. Keeps all other registers; destroys the flags.
+    pub fill: u64,
     /// A: RIP of an instruction of the kernel's that does not touch the vector state; flags in the host's register.
     /// Executed by a call; execution goes on at what follows without leaving translated code.
     pub exit_system: u64,
@@ -61,7 +66,7 @@ pub struct Thunks {
 
 /// `extern "C" fn(vp: *mut SoftVp, len) -> go on?`.
 pub type InterpretHelper = unsafe extern "C" fn(*mut crate::vp::SoftVp, u64) -> u64;
-/// `extern "C" fn(vp: *mut SoftVp, value, code) -> where to go on (0: leave)`.
+/// `extern "C" fn(vp: *mut SoftVp, value, code) -> where to go on (0: leave)`, and the same with other meanings.
 pub type AdvanceHelper = unsafe extern "C" fn(*mut crate::vp::SoftVp, u64, u64) -> u64;
 
 /// What generated code calls.
@@ -71,9 +76,16 @@ pub struct Helpers {
     pub interpret: InterpretHelper,
     /// May the vector state be used?
     pub vector: InterpretHelper,
+    /// Tries to make an access possible; gives a [`super::memory::Filled`].
+    pub fill: AdvanceHelper,
+    /// Writes a copied operand back.
+    pub put_back: unsafe extern "C" fn(*mut crate::vp::SoftVp),
     /// Finds (and makes) what is executed next, after doing what the [`code`] asks for.
     pub advance: AdvanceHelper,
 }
+
+/// The host's stack pointer.
+const RSP: u8 = 4;
 
 /// Guest registers that live in host registers: (guest, host).
 const HELD: [(u8, u8); 12] =
@@ -95,14 +107,6 @@ fn save_state(a: &mut Asm) {
     a.bs(&[0x0f, 0xb6, 0xcc, 0x0f, 0xb6, 0xc0]); // movzx ecx, ah; movzx eax, al
     a.bs(&[0xc1, 0xe0, 11]); // shl eax, 11
     a.bs(&[0x09, 0xc8]); // or eax, ecx
-    merge_status(a);
-}
-
-/// As [`save_state`], with the flags in [`JitState::lazy`].
-fn save_state_lazy(a: &mut Asm) {
-    store_registers(a);
-    a.load_gs32(0, jit!(lazy));
-    a.alu_imm(false, 4, 0, STATUS as i32);
     merge_status(a);
 }
 
@@ -136,11 +140,49 @@ fn load_state(a: &mut Asm) {
     load_registers(a);
 }
 
-/// The flags of the VP block to where entries through the jump table expect them. Destroys RAX.
-fn flags_to_lazy(a: &mut Asm) {
-    a.load_gs32(0, rflags());
-    a.alu_imm(false, 4, 0, STATUS as i32);
-    a.store_gs(0, jit!(lazy));
+/// Guest registers and flags from the VP block, the stack of return addresses, and on to C.
+fn resume(a: &mut Asm) {
+    load_state(a);
+    a.load_gs(RSP, jit!(shadow_rsp));
+    a.bs(&[0x41, 0xff, 0xe3]); // jmp r11
+}
+
+/// As [`resume`], to the code that called.
+fn give_back(a: &mut Asm) {
+    load_state(a);
+    a.load_gs(RSP, jit!(shadow_rsp));
+    a.b(0xc3);
+}
+
+/// From the stack of return addresses to the thread's own, as [`Thunks::enter`] left it: 16-byte aligned.
+fn to_host_stack(a: &mut Asm) {
+    a.store_gs(RSP, jit!(shadow_rsp));
+    a.load_gs(RSP, jit!(host_rsp));
+}
+
+/// Forgets the return address into the code that called: it is not gone back to.
+fn drop_return(a: &mut Asm) {
+    a.bs(&[0x65, 0x48, 0x83, 0x04, 0x25]); // add qword gs:[shadow_rsp], 8
+    a.d(jit!(shadow_rsp) as u32);
+    a.b(8);
+}
+
+/// Notes the level of the vector state that is loaded: that in a register (RCX is destroyed), or none.
+fn set_level(a: &mut Asm, register: Option<u8>) {
+    match register {
+        None => {
+            a.store_gs_imm(jit!(vector), 0);
+            a.store_gs_imm(jit!(no_sse), 1);
+            a.store_gs_imm(jit!(no_avx), 1);
+        }
+        Some(level) => {
+            a.store_gs(level, jit!(vector));
+            a.store_gs_imm(jit!(no_sse), 0);
+            a.mov_imm(1, 2);
+            a.bs(&[0x48, 0x29, 0xc1 | level << 3]); // sub rcx, level
+            a.store_gs(1, jit!(no_avx));
+        }
+    }
 }
 
 /// Does the host have AVX?
@@ -221,7 +263,7 @@ fn spill(a: &mut Asm, forget: bool) {
     a.bs(&[0xdb, 0xe3]); // fninit
     state_op(a, false, 2, jit!(host_mxcsr)); // ldmxcsr
     if forget {
-        a.store_gs_imm(jit!(vector), 0);
+        set_level(a, None);
     }
     let here = a.here();
     a.patch(skip, here);
@@ -236,7 +278,7 @@ fn reload_vector(a: &mut Asm) {
 /// Ends with the return to Rust; the code is in RAX's slot of the argument.
 fn leave(a: &mut Asm, code: u64) {
     spill(a, true);
-    a.load_gs(4, jit!(host_rsp));
+    a.load_gs(RSP, jit!(host_rsp));
     a.mov_imm(0, code);
     a.alu_imm(true, 0, 4, 8);
     a.bs(&[0x41, 0x5f, 0x41, 0x5e, 0x41, 0x5d, 0x41, 0x5c, 0x5d, 0x5b, 0xc3]);
@@ -260,66 +302,60 @@ pub fn build(base: u64, helpers: Helpers) -> (Vec<u8>, Thunks) {
     if t.fsgsbase {
         a.bs(&[0xf3, 0x48, 0x0f, 0xae, 0xdf]); // wrgsbase rdi
     }
-    a.store_gs(4, jit!(host_rsp));
-    a.mov(A, 6);
-    load_state(&mut a);
-    a.bs(&[0x41, 0xff, 0xe1]); // jmp r9
+    a.store_gs(RSP, jit!(host_rsp));
+    a.mov(C, 6);
+    resume(&mut a);
 
-    let exit = |a: &mut Asm, code: u64, lazy: bool| {
+    let exit = |a: &mut Asm, code: u64| {
         let at = a.here();
-        if lazy {
-            save_state_lazy(a);
-        } else {
-            save_state(a);
-        }
+        save_state(a);
         a.store_gs(A, jit!(exit_value));
+        a.store_gs(RSP, jit!(shadow_rsp));
         leave(a, code);
         at
     };
-    t.exit_interpret = exit(&mut a, code::INTERPRET, false);
-    t.exit_interpret_lazy = exit(&mut a, code::INTERPRET, true);
-    t.exit_resume = exit(&mut a, code::RESUME, false);
+    t.exit_interpret = exit(&mut a, code::INTERPRET);
+    t.exit_resume = exit(&mut a, code::RESUME);
 
-    // Registers are in the VP block, the vector state is lightly spilled; RDX: code, RSI: value.
+    // Registers are in the VP block, the vector state is lightly spilled, the stack is the host's; RDX: code, RSI: value.
     let advance = a.here();
-    a.load_gs(4, jit!(host_rsp));
     call_helper(&mut a, helpers.advance as usize);
-    a.mov(A, 0);
+    a.mov(C, 0);
     reload_light(&mut a);
-    a.bs(&[0x4d, 0x85, 0xc9]); // test r9, r9
+    a.bs(&[0x4d, 0x85, 0xdb]); // test r11, r11
     let leaves = a.jcc(cc::E, 0);
-    flags_to_lazy(&mut a);
-    load_registers(&mut a);
-    a.bs(&[0x41, 0xff, 0xe1]); // jmp r9
+    a.load_gs(A, offset_of!(VpBlock, rip));
+    resume(&mut a);
     let here = a.here();
     a.patch(leaves, here);
     leave(&mut a, code::STATE);
 
-    let exit = |a: &mut Asm, code: u64, lazy: bool| {
+    let exit = |a: &mut Asm, code: u64| {
         let at = a.here();
-        if lazy {
-            save_state_lazy(a);
-        } else {
-            save_state(a);
-        }
+        save_state(a);
+        to_host_stack(a);
         spill_light(a);
         a.mov(6, A);
         a.mov_imm(2, code);
         a.jmp(advance);
         at
     };
-    t.exit_direct = exit(&mut a, code::DIRECT, false);
-    t.exit_table = exit(&mut a, code::TABLE, true);
-    t.exit_system = exit(&mut a, code::INTERPRET, false);
+    t.exit_direct = exit(&mut a, code::DIRECT);
+    t.exit_table = exit(&mut a, code::TABLE);
+    t.exit_system = exit(&mut a, code::INTERPRET);
+
+    // A return without its call: the stack of return addresses is emptied.
+    t.unpaired = a.here();
+    a.load_gs(RSP, jit!(shadow_top));
+    flow::table_jump(&mut a, &t, false);
 
     t.call_interpreter = a.here();
     save_state(&mut a);
     a.store_gs(A, offset_of!(VpBlock, rip));
+    to_host_stack(&mut a);
     spill(&mut a, false);
     a.mov(6, B);
-    a.alu_imm(true, 5, 4, 8); // sub rsp, 8
     call_helper(&mut a, helpers.interpret as usize);
-    a.alu_imm(true, 0, 4, 8);
     a.bs(&[0x85, 0xc0]); // test eax, eax
     let failed = a.jcc(cc::E, 0);
     a.cmp_gs32(jit!(vector), 0);
@@ -327,50 +363,70 @@ pub fn build(base: u64, helpers: Helpers) -> (Vec<u8>, Thunks) {
     reload_vector(&mut a);
     let here = a.here();
     a.patch(not_loaded, here);
-    load_state(&mut a);
-    a.b(0xc3);
+    give_back(&mut a);
     let here = a.here();
     a.patch(failed, here);
-    a.store_gs_imm(jit!(vector), 0);
+    set_level(&mut a, None);
+    drop_return(&mut a);
     leave(&mut a, code::STATE);
 
     t.call_interpreter_light = a.here();
     save_state(&mut a);
     a.store_gs(A, offset_of!(VpBlock, rip));
+    to_host_stack(&mut a);
     spill_light(&mut a);
     a.mov(6, B);
-    a.alu_imm(true, 5, 4, 8); // sub rsp, 8
     call_helper(&mut a, helpers.interpret as usize);
-    a.alu_imm(true, 0, 4, 8);
     a.bs(&[0x85, 0xc0]); // test eax, eax
     let failed = a.jcc(cc::E, 0);
     reload_light(&mut a);
-    load_state(&mut a);
-    a.b(0xc3);
+    give_back(&mut a);
     let here = a.here();
     a.patch(failed, here);
+    drop_return(&mut a);
     a.mov_imm(2, code::STATE);
     a.jmp(advance);
 
     t.call_vector = a.here();
     save_state(&mut a);
     a.store_gs(A, jit!(exit_value));
+    to_host_stack(&mut a);
     spill(&mut a, true);
-    a.load_gs(7, jit!(vp));
     a.mov(6, C);
-    a.alu_imm(true, 5, 4, 8);
-    a.mov_imm(0, helpers.vector as usize as u64);
-    a.bs(&[0xff, 0xd0]);
-    a.alu_imm(true, 0, 4, 8);
+    call_helper(&mut a, helpers.vector as usize);
     a.bs(&[0x85, 0xc0]);
     let refused = a.jcc(cc::E, 0);
-    a.store_gs(0, jit!(vector));
+    set_level(&mut a, Some(0));
     reload_vector(&mut a);
-    load_state(&mut a);
-    a.b(0xc3);
+    give_back(&mut a);
     let here = a.here();
     a.patch(refused, here);
+    drop_return(&mut a);
     leave(&mut a, code::INTERPRET);
+
+    t.fill = a.here();
+    a.store_gs(A, jit!(scratch));
+    to_host_stack(&mut a);
+    a.bs(&[0x50, 0x51, 0x52, 0x56, 0x57, 0x41, 0x50]); // push rax, rcx, rdx, rsi, rdi, r8
+    spill_light(&mut a);
+    a.mov(6, A);
+    a.mov(2, B);
+    call_helper(&mut a, helpers.fill as usize);
+    a.mov(B, 0);
+    reload_light(&mut a);
+    a.bs(&[0x41, 0x58, 0x5f, 0x5e, 0x5a, 0x59, 0x58]); // pop r8, rdi, rsi, rdx, rcx, rax
+    a.load_gs(RSP, jit!(shadow_rsp));
+    a.load_gs(A, jit!(scratch));
+    a.load_gs(C, jit!(addend));
+    a.b(0xc3);
+
+    t.put_back = a.here();
+    save_state(&mut a);
+    to_host_stack(&mut a);
+    spill_light(&mut a);
+    call_helper(&mut a, helpers.put_back as usize);
+    reload_light(&mut a);
+    give_back(&mut a);
 
     t.len = a.bytes.len();
     (a.bytes, t)

@@ -18,8 +18,8 @@
 use super::cache::Translator;
 use super::classify::Kind;
 use super::kernel;
-use super::lower::MAX_INSTRUCTIONS;
-use super::run::{drop_changed, execute, find, take};
+use super::plan::{MAX_INSTRUCTIONS, Shape};
+use super::run::{drop_changed, execute, find, flush, take};
 use super::{flags, thunks};
 use crate::exception;
 use crate::interp;
@@ -128,6 +128,8 @@ pub struct Verify {
     pub fault: Option<Fault>,
     /// The translation ended before an instruction that the interpreter is to execute.
     pub early: bool,
+    /// It ended where a translation without groups is to go on.
+    pub single: bool,
     /// Status flags that translations have lost.
     lost: u64,
     log: DryLog,
@@ -319,17 +321,16 @@ fn step(vp: &mut SoftVp, t: &mut Translator) {
     let assumed = kernel::assumed(vp);
     if assumed != vp.s.jit.assumed {
         vp.s.jit.assumed = assumed;
-        t.flush();
-        vp.flush_jumps();
+        flush(vp, t);
     }
     let translated = vp.s.code_size == CodeSize::Bits64 && matches!(vp.s.cpl, 0 | 3) && vp.s.dr7 & dr7::ENABLES == 0;
-    let block = if translated { find(vp, t) } else { None };
+    let block = if translated { find(vp, t, Shape::Grouped) } else { None };
     // Translating may have asked this VP to drop its write permission for the page, which comes first.
     if block.is_some() && vp.s.attention.load(Ordering::SeqCst) != 0 {
         return;
     }
-    let path = block.map(|block| t.path(block)).unwrap_or_default();
-    let Some(block) = block.filter(|_| !path.is_empty()) else {
+    let mut whole = block.map(|block| t.path(block)).unwrap_or_default();
+    let Some(mut block) = block.filter(|_| !whole.is_empty()) else {
         if vp.verify.lost != 0
             && let Ok(i) = interp::decode(vp)
         {
@@ -339,11 +340,11 @@ fn step(vp: &mut SoftVp, t: &mut Translator) {
         return;
     };
     let before = Registers::of(vp);
-    let first = path[0];
-    let mut path = &path[..];
+    let first = whole[0];
+    let mut len = whole.len();
     let mut attempt = 0;
     loop {
-        let problem = match dry_run(vp, path, &before) {
+        let problem = match dry_run(vp, &whole[..len], &before) {
             Dry::Once => {
                 vp.verify.counts[1] += 1;
                 once(vp, &first);
@@ -352,14 +353,22 @@ fn step(vp: &mut SoftVp, t: &mut Translator) {
             }
             Dry::Lost(text) => Some(text),
             Dry::Done { fault, undefined, count } => {
-                match compare(vp, t, block, &path[..count], &before, fault, undefined) {
+                match compare(vp, t, block, &whole[..count], &before, fault, undefined) {
                     Verdict::Same => None,
                     Verdict::Different(text) => Some(text),
                     Verdict::Early(count) => {
                         vp.verify.log.restore();
                         before.put(vp);
-                        path = &path[..count];
-                        if count == 0 {
+                        len = count;
+                        if count == 0
+                            && vp.verify.single
+                            && let Some(single) = find(vp, t, Shape::Single)
+                            && vp.s.attention.load(Ordering::SeqCst) == 0
+                        {
+                            block = single;
+                            whole = t.path(block);
+                            len = whole.len();
+                        } else if count == 0 {
                             once(vp, &first);
                             interp::one(vp);
                             return;
@@ -479,6 +488,7 @@ fn compare(
     before.put(vp);
     vp.verify.fault = None;
     vp.verify.early = false;
+    vp.verify.single = false;
     let entry = t.entry(block);
     let (code, value) = execute(vp, t, entry);
     if matches!(code, thunks::code::INTERPRET | thunks::code::RESUME) {

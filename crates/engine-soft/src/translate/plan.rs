@@ -1,0 +1,777 @@
+//! What a block accesses, and which inline checks cover it: analysis before a byte is emitted.
+//!
+//! Accesses whose addresses differ by a constant (fields of one structure, the stack frame) share one check of the TLB:
+//! a *group*. Its check covers the bytes from the lowest to the highest access, leaves the distance between linear and
+//! host addresses (the *addend*) in a scratch register or a slot of the VP block, and stands as early as its registers
+//! have their values: before the instruction that sets flags which are still needed, if possible, because a check
+//! destroys them.
+//!
+//! A check that fails hands the block's remainder to a translation without groups ([`Shape::Single`]), where each access
+//! has its own; so nothing that a group's check is stricter about (page ends, write permission for a read) can be seen.
+
+use super::classify::{self, Kind};
+use super::flags::{self, Need};
+use super::kernel::System;
+use crate::features::Features;
+use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
+
+/// Most instructions of a block.
+pub const MAX_INSTRUCTIONS: usize = 48;
+/// Most bytes that one check covers: the more, the likelier a page's end lies between.
+const REACH: i64 = 256;
+/// Slots for addends in [`super::JitState`].
+pub const ADDENDS: usize = 16;
+
+/// How accesses are checked.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum Shape {
+    /// In groups.
+    Grouped,
+    /// Each on its own.
+    Single,
+}
+
+/// What an address is computed from, beside a constant.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Base {
+    /// Nothing.
+    Zero,
+    /// The linear page of the code.
+    Page,
+    /// A general register.
+    Register(u8),
+}
+
+/// FS or GS.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum SegmentBase {
+    /// A segment with base 0.
+    Flat,
+    /// FS.
+    Fs,
+    /// GS.
+    Gs,
+}
+
+/// An address without its constant part.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Expression {
+    /// Base.
+    pub base: Base,
+    /// Index register and scale.
+    pub index: Option<(u8, u8)>,
+    /// Segment.
+    pub segment: SegmentBase,
+    /// 32-bit address size.
+    pub narrow: bool,
+}
+
+impl Expression {
+    /// Of a stack access.
+    pub const STACK: Self = Self { base: Base::Register(4), index: None, segment: SegmentBase::Flat, narrow: false };
+
+    /// Is it the same sum, whatever the registers are that hold its parts?
+    fn alike(&self, other: &Self) -> bool {
+        let kind = |b: Base| match b {
+            Base::Zero => 0,
+            Base::Page => 1,
+            Base::Register(_) => 2,
+        };
+        kind(self.base) == kind(other.base)
+            && self.index.map(|x| x.1) == other.index.map(|x| x.1)
+            && (self.segment, self.narrow) == (other.segment, other.narrow)
+    }
+
+    /// Can the address be written as `[host register + displacement]`, given which guest registers live in host ones?
+    pub fn direct(&self, host: impl Fn(u8) -> Option<u8>) -> Option<u8> {
+        match (self.base, self.index, self.segment, self.narrow) {
+            (Base::Register(r), None, SegmentBase::Flat, false) => host(r),
+            _ => None,
+        }
+    }
+}
+
+/// One access of an instruction.
+#[derive(Clone, Copy, Debug)]
+pub struct Access {
+    /// Address expression.
+    pub expression: Expression,
+    /// Constant part, at this instruction.
+    pub displacement: i64,
+    /// Bytes.
+    pub size: u32,
+    /// Is it (also) a write?
+    pub write: bool,
+    /// Its group.
+    pub group: usize,
+    /// Constant part relative to what the registers held when their present values began.
+    pub relative: i64,
+}
+
+/// A check and what it covers.
+#[derive(Clone, Copy, Debug)]
+pub struct Group {
+    /// Address expression.
+    pub expression: Expression,
+    /// Lowest byte, as a constant relative to the expression *at the check*.
+    pub low: i64,
+    /// The same relative to what the registers held when their values began.
+    pub relative: i64,
+    /// Its address is the same in each round of a block that is a loop, so one check at the entry is enough.
+    pub invariant: bool,
+    /// Bytes from there on.
+    pub span: i64,
+    /// Is there a write?
+    pub write: bool,
+    /// Number of accesses.
+    pub accesses: u32,
+    /// Instruction before which the check stands.
+    pub at: usize,
+    /// Instruction of the first access.
+    pub first: usize,
+    /// Where the addend is kept while another group uses the scratch register.
+    pub slot: Option<usize>,
+}
+
+impl Group {
+    /// Does the check stand right before its only access? Then the interpreter can take over there.
+    pub fn is_single(&self) -> bool {
+        self.accesses == 1 && self.at == self.first && !self.invariant
+    }
+}
+
+/// An instruction of the block.
+#[derive(Clone, Copy, Debug)]
+pub struct Step {
+    /// The instruction.
+    pub i: Instruction,
+    /// What is done with it.
+    pub kind: Kind,
+    /// Flags that are needed before it.
+    pub need: Need,
+    /// Flags that the target of a conditional jump may read.
+    pub taken: u8,
+    /// First of its accesses in [`Plan::accesses`].
+    pub access: usize,
+}
+
+/// The analysis of a block.
+#[derive(Default)]
+pub struct Plan {
+    /// Instructions.
+    pub steps: Vec<Step>,
+    /// Accesses in order.
+    pub accesses: Vec<Access>,
+    /// Groups in order of their checks.
+    pub groups: Vec<Group>,
+    /// Flags needed behind the last instruction.
+    pub need_after: Need,
+    /// The block ends with an instruction that never falls through.
+    pub ended: bool,
+    /// Behind the block comes an instruction that goes on in the next page.
+    pub at_crossing: bool,
+    /// Level of vector state used: 0 none, 1 SSE or x87, 2 AVX.
+    pub vector: u8,
+}
+
+/// Values of the general registers as far as constants are concerned.
+#[derive(Clone, Copy, Default)]
+struct Value {
+    version: u32,
+    delta: i64,
+}
+
+/// Registers as they are before an instruction.
+type Values = [Value; 16];
+
+/// Number of a general register of any size.
+fn number(r: Register) -> u8 {
+    r.full_register().number() as u8
+}
+
+impl Plan {
+    /// Analyses the block that starts at `rip`. `page`: the bytes of its page, perhaps with some of the next one: then an
+    /// instruction that goes on there is a block of its own. `kind` decides about an instruction. `None`: the first
+    /// instruction goes on in the next page, whose bytes were not given.
+    pub fn new(rip: u64, page: &[u8], shape: Shape, verify: bool, kind: impl Fn(&Instruction) -> Kind) -> Option<Self> {
+        let mut plan = Plan::default();
+        plan.decode(rip, page, kind);
+        let last = plan.steps.last_mut()?;
+        if last.kind == Kind::System(System::Sti) {
+            // The instruction behind STI belongs to it: an interrupt must not come between.
+            last.kind = if verify { Kind::Stop } else { Kind::Interpret };
+            plan.ended |= verify;
+        }
+        plan.flags(rip >> 12, page);
+        plan.group(rip, shape, verify);
+        Some(plan)
+    }
+
+    fn decode(&mut self, rip: u64, page: &[u8], kind: impl Fn(&Instruction) -> Kind) {
+        let code = &page[(rip & 0xfff) as usize..];
+        let mut decoder = Decoder::with_ip(64, code, rip, DecoderOptions::NONE);
+        let step = |i, kind| Step { i, kind, need: Need::default(), taken: 0, access: 0 };
+        while decoder.can_decode() && self.steps.len() < MAX_INSTRUCTIONS {
+            let i = decoder.decode();
+            if i.is_invalid() {
+                self.at_crossing = decoder.last_error() == DecoderError::NoMoreBytes;
+                break;
+            }
+            if (i.ip() & 0xfff) as usize + i.len() > 0x1000 && !self.steps.is_empty() {
+                self.at_crossing = true;
+                break;
+            }
+            let kind = kind(&i);
+            if let Kind::Vector(avx) = kind {
+                self.vector = self.vector.max(1 + u8::from(avx));
+            }
+            self.steps.push(step(i, kind));
+            if (i.ip() & 0xfff) as usize + i.len() > 0x1000 {
+                // Alone: what follows belongs to the next page's blocks.
+                self.ended = self.ended || is_end(kind);
+                break;
+            }
+            if is_end(kind) {
+                self.ended = true;
+                break;
+            }
+        }
+        if self.steps.is_empty() && !self.at_crossing {
+            // The first instruction is invalid: a block that leads to the interpreter, so that the next time costs a jump
+            // and not a translation.
+            let mut i = Instruction::default();
+            i.set_ip(rip);
+            self.steps.push(step(i, Kind::Stop));
+            self.ended = true;
+        }
+    }
+
+    /// Liveness of the flags, backwards. What lies outside the page is not looked at: its contents may differ from one
+    /// address space to another, and change without this page's changing.
+    fn flags(&mut self, linear_page: u64, page: &[u8]) {
+        let page = &page[..page.len().min(0x1000)];
+        let at_crossing = self.at_crossing;
+        let of = |target: u64| {
+            if target >> 12 == linear_page && (target & 0xfff) < page.len() as u64 {
+                flags::peek(&page[(target & 0xfff) as usize..])
+            } else {
+                flags::ALL
+            }
+        };
+        let Some(last) = self.steps.last() else { return };
+        let mut need = match last.kind {
+            _ if !self.ended && at_crossing => flags::ALL,
+            _ if !self.ended => of(last.i.next_ip()),
+            Kind::Jmp | Kind::Call => of(last.i.near_branch64()),
+            _ => flags::ALL,
+        };
+        self.need_after = Need { hard: need };
+        for step in self.steps.iter_mut().rev() {
+            let effect = flags::effect(&step.i, step.kind);
+            need = need & !effect.kills | effect.reads;
+            if step.kind == Kind::Jcc {
+                step.taken = of(step.i.near_branch64());
+                need |= step.taken;
+            }
+            step.need = Need { hard: need };
+        }
+    }
+
+    fn group(&mut self, rip: u64, shape: Shape, verify: bool) {
+        let linear_page = rip & !0xfff;
+        let mut values: Values = std::array::from_fn(|r| Value { version: r as u32, delta: 0 });
+        let mut before: Vec<Values> = Vec::with_capacity(self.steps.len());
+        // Groups that may take more accesses, with the values of their registers' versions.
+        let mut open: Vec<(usize, [u32; 2])> = Vec::new();
+        // No check may be moved before this instruction.
+        let mut barrier = 0;
+        let mut next_version = 16;
+        for n in 0..self.steps.len() {
+            before.push(values);
+            let Step { i, kind, .. } = self.steps[n];
+            self.steps[n].access = self.accesses.len();
+            let first = self.accesses.len();
+            accesses_of(&i, kind, linear_page, |access| self.accesses.push(access));
+            for a in first..self.accesses.len() {
+                let access = self.accesses[a];
+                // PUSH [RSP + x] and the like compute their addresses before RSP changes; all accesses of an instruction do.
+                let (versions, constant) = constants(&values, &access.expression);
+                let relative = access.displacement.wrapping_add(constant);
+                let groupable = shape == Shape::Grouped && !access.expression.narrow && relative.abs() < 1 << 28;
+                let found = open.iter().position(|(g, v)| {
+                    groupable && *v == versions && self.groups[*g].expression.alike(&access.expression) && {
+                        let g = &self.groups[*g];
+                        let low = g.low.min(relative);
+                        (g.low + g.span).max(relative + i64::from(access.size)) - low <= REACH
+                    }
+                });
+                let number = match found {
+                    Some(at) => {
+                        let number = open[at].0;
+                        let g = &mut self.groups[number];
+                        let high = (g.low + g.span).max(relative + i64::from(access.size));
+                        g.low = g.low.min(relative);
+                        g.span = high - g.low;
+                        g.write |= access.write;
+                        g.accesses += 1;
+                        number
+                    }
+                    None => {
+                        open.retain(|(g, v)| *v != versions || !self.groups[*g].expression.alike(&access.expression));
+                        let number = self.groups.len();
+                        self.groups.push(Group {
+                            expression: access.expression,
+                            low: relative,
+                            span: i64::from(access.size),
+                            write: access.write,
+                            accesses: 1,
+                            at: barrier,
+                            first: n,
+                            slot: None,
+                            relative: 0,
+                            invariant: false,
+                        });
+                        if groupable {
+                            open.push((number, versions));
+                        }
+                        number
+                    }
+                };
+                self.accesses[a].group = number;
+                self.accesses[a].relative = relative;
+            }
+            if is_barrier(kind) {
+                open.clear();
+                barrier = n + 1;
+                for v in &mut values {
+                    *v = Value { version: next_version, delta: 0 };
+                    next_version += 1;
+                }
+            } else {
+                step_values(&i, kind, &mut values, &mut next_version);
+            }
+        }
+        // Where the checks stand; `at` is the earliest place so far. A block of single accesses must be able to leave each to
+        // the interpreter, so there the check stands right before it.
+        for g in &mut self.groups {
+            let (wanted, _) = constants(&before[g.first], &g.expression);
+            let mut at = g.first;
+            if self.steps[at].need.hard != 0 && shape == Shape::Grouped {
+                let mut place = at;
+                while place > g.at {
+                    place -= 1;
+                    if constants(&before[place], &g.expression).0 != wanted {
+                        break;
+                    }
+                    if self.steps[place].need.hard == 0 {
+                        at = place;
+                        break;
+                    }
+                }
+            }
+            g.at = at;
+            g.relative = g.low;
+            g.low = g.low.wrapping_sub(constants(&before[at], &g.expression).1);
+        }
+        if shape == Shape::Grouped && !verify && barrier == 0 && self.is_loop(rip) {
+            self.find_invariants(rip, &before, &values);
+        }
+        self.assign_slots();
+    }
+
+    /// Does the block end with a jump to its own start?
+    fn is_loop(&self, rip: u64) -> bool {
+        self.steps.last().is_some_and(|s| matches!(s.kind, Kind::Jcc | Kind::Jmp) && s.i.near_branch64() == rip)
+    }
+
+    /// Groups whose registers the block leaves as they were move to its entry. Nothing in such a block can end what a check
+    /// promises: there is no barrier, and whoever changes translations has the loop left at its poll.
+    fn find_invariants(&mut self, rip: u64, before: &[Values], after: &Values) {
+        for g in &mut self.groups {
+            let whole = |values: &Values| constants(values, &g.expression);
+            let start = whole(&before[0]);
+            if start.0 != whole(&before[g.first]).0 || start != whole(after) {
+                continue;
+            }
+            // Other jumps to the start must find the same.
+            let jumps =
+                self.steps.iter().zip(before).filter(|(s, _)| s.kind == Kind::Jcc && s.i.near_branch64() == rip);
+            if jumps.into_iter().any(|(_, values)| whole(values) != start) {
+                continue;
+            }
+            g.invariant = true;
+            g.at = 0;
+            g.low = g.relative.wrapping_sub(whole(&before[0]).1);
+        }
+    }
+
+    /// Finds out which groups need a slot, by following the scratch register through the block.
+    fn assign_slots(&mut self) {
+        let mut needs = vec![false; self.groups.len()];
+        let mut current = usize::MAX;
+        for (g, needs) in self.groups.iter().zip(&mut needs) {
+            *needs = g.invariant;
+        }
+        for n in 0..self.steps.len() {
+            for g in self.checks(n) {
+                current = g;
+            }
+            for access in self.accesses_of(n) {
+                if current != access.group {
+                    needs[access.group] = true;
+                }
+                current = access.group;
+            }
+            if self.loses_addend(n) {
+                current = usize::MAX;
+            }
+        }
+        let mut next = 0;
+        for (g, needs) in self.groups.iter_mut().zip(needs) {
+            if needs {
+                g.slot = Some(next % ADDENDS);
+                next += 1;
+            }
+        }
+        // More groups than slots (in 48 instructions, hardly): later ones would overwrite earlier ones.
+        if next > ADDENDS {
+            *self = Self::default();
+        }
+    }
+
+    /// Does the scratch register lose its addend at instruction `n`? Where the interpreter may execute it, nothing is left in
+    /// scratch registers.
+    pub fn loses_addend(&self, n: usize) -> bool {
+        let Step { i, kind, .. } = &self.steps[n];
+        is_barrier(*kind)
+            || matches!(kind, Kind::Plain | Kind::Vector(_)) && names_many(i)
+            || self.accesses_of(n).iter().any(|a| self.groups[a.group].is_single())
+    }
+
+    /// Groups whose check stands before instruction `n`, in order.
+    pub fn checks(&self, n: usize) -> impl Iterator<Item = usize> + '_ {
+        self.groups.iter().enumerate().filter(move |(_, g)| g.at == n && !g.invariant).map(|(number, _)| number)
+    }
+
+    /// Groups whose check stands before the loop that the block is.
+    pub fn invariants(&self) -> impl Iterator<Item = usize> + '_ {
+        self.groups.iter().enumerate().filter(|(_, g)| g.invariant).map(|(number, _)| number)
+    }
+
+    /// Accesses of instruction `n`.
+    pub fn accesses_of(&self, n: usize) -> &[Access] {
+        let end = self.steps.get(n + 1).map_or(self.accesses.len(), |s| s.access);
+        &self.accesses[self.steps[n].access..end]
+    }
+}
+
+/// Does the instruction name so many general registers that all scratch registers may be needed for them?
+fn names_many(i: &Instruction) -> bool {
+    let needs = |n: &u32| match i.op_kind(*n) {
+        OpKind::Register => i.op_register(*n).is_gpr(),
+        kind => kind == OpKind::Memory,
+    };
+    (0..i.op_count()).filter(needs).count() > 2
+}
+
+/// Does a block end behind the instruction?
+fn is_end(kind: Kind) -> bool {
+    matches!(kind, Kind::Stop | Kind::Jmp | Kind::Ret | Kind::JmpIndirect | Kind::CallIndirect | Kind::Call)
+}
+
+/// Does the instruction end what checks promise?
+fn is_barrier(kind: Kind) -> bool {
+    matches!(kind, Kind::Interpret | Kind::System(_) | Kind::Stop)
+}
+
+/// Versions of an expression's registers, and the constant that they have gained since those versions began.
+fn constants(values: &Values, e: &Expression) -> ([u32; 2], i64) {
+    let (mut versions, mut constant) = ([0; 2], 0i64);
+    if let Base::Register(r) = e.base {
+        let v = values[usize::from(r)];
+        versions[0] = v.version;
+        constant = v.delta;
+    }
+    if let Some((r, scale)) = e.index {
+        let v = values[usize::from(r)];
+        versions[1] = v.version;
+        constant = constant.wrapping_add(v.delta.wrapping_mul(i64::from(scale)));
+    }
+    (versions, constant)
+}
+
+/// What an instruction accesses.
+fn accesses_of(i: &Instruction, kind: Kind, linear_page: u64, mut f: impl FnMut(Access)) {
+    let stack = |displacement, write| Access {
+        expression: Expression::STACK,
+        displacement,
+        size: 8,
+        write,
+        group: 0,
+        relative: 0,
+    };
+    let operand = |size: usize, write| {
+        let (expression, displacement) = expression_of(i, linear_page);
+        Access { expression, displacement, size: size as u32, write, group: 0, relative: 0 }
+    };
+    match kind {
+        Kind::Plain | Kind::Vector(_) => {
+            if (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory) {
+                f(operand(i.memory_size().size(), classify::shape(i).writes_memory));
+            }
+        }
+        Kind::Push => {
+            if i.op0_kind() == OpKind::Memory {
+                f(operand(8, false));
+            }
+            f(stack(-8, true));
+        }
+        Kind::Pop | Kind::Ret => f(stack(0, false)),
+        Kind::Leave => f(Access {
+            expression: Expression { base: Base::Register(5), ..Expression::STACK },
+            displacement: 0,
+            size: 8,
+            write: false,
+            group: 0,
+            relative: 0,
+        }),
+        Kind::Call => f(stack(-8, true)),
+        Kind::JmpIndirect | Kind::CallIndirect => {
+            if i.op0_kind() == OpKind::Memory {
+                f(operand(8, false));
+            }
+            if kind == Kind::CallIndirect {
+                f(stack(-8, true));
+            }
+        }
+        _ => {}
+    }
+}
+
+/// The address of the memory operand.
+pub fn expression_of(i: &Instruction, linear_page: u64) -> (Expression, i64) {
+    let (base, index) = (i.memory_base(), i.memory_index());
+    let displacement = i.memory_displacement64();
+    let segment = match i.memory_segment() {
+        Register::FS => SegmentBase::Fs,
+        Register::GS => SegmentBase::Gs,
+        _ => SegmentBase::Flat,
+    };
+    if base == Register::RIP {
+        let e = Expression { base: Base::Page, index: None, segment, narrow: false };
+        return (e, displacement.wrapping_sub(linear_page) as i64);
+    }
+    if base == Register::EIP {
+        // The offset is truncated to 32 bits: only the page's own address says to what.
+        let e = Expression { base: Base::Page, index: None, segment, narrow: true };
+        return (e, displacement.wrapping_sub(linear_page) as i64);
+    }
+    let index = (index != Register::None).then(|| (number(index), i.memory_index_scale() as u8));
+    let narrow = match (base, i.memory_index()) {
+        (Register::None, Register::None) => i.memory_displ_size() != 8 && displacement >> 31 == 1,
+        (Register::None, x) => x.size() == 4,
+        (b, _) => b.size() == 4,
+    };
+    let base = if base == Register::None { Base::Zero } else { Base::Register(number(base)) };
+    let e = Expression { base, index, segment, narrow };
+    (e, if narrow { i64::from(displacement as i32) } else { displacement as i64 })
+}
+
+/// What an instruction does to the values of registers.
+fn step_values(i: &Instruction, kind: Kind, values: &mut Values, next_version: &mut u32) {
+    let mut fresh = |v: &mut Value| {
+        *v = Value { version: *next_version, delta: 0 };
+        *next_version += 1;
+    };
+    match kind {
+        Kind::Push | Kind::Call | Kind::CallIndirect => values[4].delta -= 8,
+        Kind::Pop => {
+            values[4].delta += 8;
+            fresh(&mut values[usize::from(number(i.op0_register()))]);
+        }
+        Kind::Ret => fresh(&mut values[4]),
+        Kind::Leave => {
+            fresh(&mut values[4]);
+            fresh(&mut values[5]);
+        }
+        Kind::Plain | Kind::Vector(_) | Kind::Lea => {
+            if let Some((register, delta)) = constant_step(i) {
+                let v = &mut values[usize::from(register)];
+                v.delta = v.delta.wrapping_add(delta);
+                if v.delta.abs() >= 1 << 28 {
+                    fresh(v);
+                }
+                return;
+            }
+            if i.code() == Code::Mov_r64_rm64 || i.code() == Code::Mov_rm64_r64 {
+                // A copy: both are the same value until one changes.
+                if i.op0_kind() == OpKind::Register && i.op1_kind() == OpKind::Register {
+                    values[usize::from(number(i.op0_register()))] = values[usize::from(number(i.op1_register()))];
+                    return;
+                }
+            }
+            let written = written(i);
+            for (r, v) in values.iter_mut().enumerate() {
+                if written & 1 << r != 0 {
+                    fresh(v);
+                }
+            }
+        }
+        _ => {}
+    }
+}
+
+/// A 64-bit register to which the instruction adds a constant.
+fn constant_step(i: &Instruction) -> Option<(u8, i64)> {
+    use Mnemonic as M;
+    if i.op0_kind() != OpKind::Register || i.op0_register().size() != 8 || !i.op0_register().is_gpr() {
+        return None;
+    }
+    let register = number(i.op0_register());
+    let immediate = || match i.op1_kind() {
+        OpKind::Immediate8to64 | OpKind::Immediate32to64 => Some(i.immediate(1) as i64),
+        _ => None,
+    };
+    match i.mnemonic() {
+        M::Add => Some((register, immediate()?)),
+        M::Sub => Some((register, immediate()?.wrapping_neg())),
+        M::Inc => Some((register, 1)),
+        M::Dec => Some((register, -1)),
+        M::Lea if i.memory_base() == i.op0_register() && i.memory_index() == Register::None => {
+            Some((register, i.memory_displacement64() as i64))
+        }
+        _ => None,
+    }
+}
+
+/// General registers that a plain or vector instruction writes, as a mask.
+pub fn written(i: &Instruction) -> u16 {
+    use Mnemonic as M;
+    let shape = classify::shape(i);
+    let mut mask = match i.mnemonic() {
+        M::Mul | M::Div | M::Idiv | M::Cmpxchg8b | M::Cmpxchg16b => 1 | 1 << 2,
+        M::Imul if i.op_count() == 1 => 1 | 1 << 2,
+        M::Cwd | M::Cdq | M::Cqo => 1 << 2,
+        M::Cbw | M::Cwde | M::Cdqe | M::Cmpxchg | M::Lahf => 1,
+        M::Pcmpestri | M::Pcmpistri | M::Vpcmpestri | M::Vpcmpistri | M::Pcmpestri64 | M::Vpcmpestri64 => 1 << 1,
+        _ => 0,
+    };
+    for n in 0..i.op_count() {
+        if i.op_kind(n) == OpKind::Register && i.op_register(n).is_gpr() {
+            let writes = if n == 0 { !shape.op0_read_only } else { shape.others_written };
+            if writes {
+                mask |= 1 << number(i.op_register(n));
+            }
+        }
+    }
+    mask
+}
+
+/// [`Plan::new`] for a processor model, as the differential tests use it.
+pub fn plan_for(rip: u64, page: &[u8], features: &Features) -> Plan {
+    Plan::new(rip, page, Shape::Grouped, false, |i| classify::kind(i, features)).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use iced_x86::{InstructionInfoFactory, OpAccess};
+    use x86::cpuid::CpuModel;
+
+    fn features() -> Features {
+        Features::from_table(&CpuModel::by_name("x86-64-v3").unwrap().table(0, 1, 1_000_000_000))
+    }
+
+    fn plan(code: &[u8]) -> Plan {
+        let mut page = [0xf4u8; 4096];
+        page[..code.len()].copy_from_slice(code);
+        plan_for(0x7000, &page, &features())
+    }
+
+    #[test]
+    fn fields_of_one_structure_share_a_check() {
+        // mov rax,[rbx+8]; mov rcx,[rbx+0x20]; mov [rbx],rax; add rbx,0x40; mov rdx,[rbx-8]
+        let p = plan(&[
+            0x48, 0x8b, 0x43, 8, 0x48, 0x8b, 0x4b, 0x20, 0x48, 0x89, 3, 0x48, 0x83, 0xc3, 0x40, 0x48, 0x8b, 0x53, 0xf8,
+        ]);
+        assert_eq!(p.groups.len(), 1);
+        let g = p.groups[0];
+        assert_eq!((g.low, g.span, g.write, g.accesses, g.at, g.slot), (0, 0x40, true, 4, 0, None));
+    }
+
+    #[test]
+    fn a_written_base_ends_the_group_and_two_groups_keep_one_addend_in_a_slot() {
+        // mov rax,[rbx]; mov rcx,[rsi]; mov rdx,[rbx+8]; mov rbx,rcx; mov rdx,[rbx+8]
+        let p = plan(&[0x48, 0x8b, 3, 0x48, 0x8b, 0x0e, 0x48, 0x8b, 0x53, 8, 0x48, 0x89, 0xcb, 0x48, 0x8b, 0x53, 8]);
+        assert_eq!(p.groups.len(), 3);
+        assert_eq!(p.groups.iter().map(|g| g.slot).collect::<Vec<_>>(), [Some(0), None, None]);
+    }
+
+    #[test]
+    fn a_copy_of_a_base_belongs_to_its_group() {
+        // push rbp; mov rbp,rsp; sub rsp,16; mov rax,[rbp-8]; mov rcx,[rsp]
+        let p = plan(&[0x55, 0x48, 0x89, 0xe5, 0x48, 0x83, 0xec, 16, 0x48, 0x8b, 0x45, 0xf8, 0x48, 0x8b, 0x0c, 0x24]);
+        assert_eq!(p.groups.len(), 1);
+        assert_eq!((p.groups[0].low, p.groups[0].span), (-24, 24));
+    }
+
+    #[test]
+    fn checks_move_before_the_instruction_that_sets_needed_flags() {
+        // cmp eax,ecx; mov rdx,[rdi+8]; je +0
+        let p = plan(&[0x39, 0xc8, 0x48, 0x8b, 0x57, 8, 0x74, 0]);
+        assert_eq!(p.groups[0].at, 0);
+        // add rsp,8; pop rbx; ret: the stack moves between check and access
+        let p = plan(&[0x48, 0x83, 0xc4, 8, 0x5b, 0xc3]);
+        assert_eq!(p.groups.len(), 1);
+        assert_eq!((p.groups[0].at, p.groups[0].low, p.groups[0].span), (0, 8, 16));
+        // mov rdi,[rsi] between: the base is another one there
+        let p = plan(&[0x39, 0xc8, 0x48, 0x8b, 0x3e, 0x48, 0x8b, 0x57, 8, 0x74, 0]);
+        assert_eq!((p.groups[0].at, p.groups[1].at), (0, 2));
+    }
+
+    /// `written` against the decoder's own tables, for every form that is translated.
+    #[test]
+    fn written_registers() {
+        let features = features();
+        let mut factory = InstructionInfoFactory::new();
+        let mut seen = 0;
+        let mut random = 0x1234_5678_9abc_def1u64;
+        for _ in 0..400_000 {
+            let mut bytes = [0u8; 16];
+            for chunk in bytes.chunks_mut(8) {
+                random ^= random << 13;
+                random ^= random >> 7;
+                random ^= random << 17;
+                chunk.copy_from_slice(&random.wrapping_mul(0x2545_f491_4f6c_dd1d).to_le_bytes());
+            }
+            match random % 5 {
+                0 => bytes[0] = 0x48,
+                1 => bytes[0] = 0x0f,
+                2 => bytes[..2].copy_from_slice(&[0x66, 0x0f]),
+                3 => (bytes[0], bytes[1]) = (0xc4, 0xe2 | bytes[1] & 1),
+                _ => {}
+            }
+            let i = Decoder::with_ip(64, &bytes, 0x1000, DecoderOptions::NONE).decode();
+            if i.is_invalid() || i.code() == Code::INVALID {
+                continue;
+            }
+            let kind = classify::kind(&i, &features);
+            if !matches!(kind, Kind::Plain | Kind::Vector(_) | Kind::Lea) {
+                continue;
+            }
+            seen += 1;
+            let mut expected = 0u16;
+            for used in factory.info(&i).used_registers() {
+                let writes = matches!(
+                    used.access(),
+                    OpAccess::Write | OpAccess::ReadWrite | OpAccess::CondWrite | OpAccess::ReadCondWrite
+                );
+                if writes && used.register().is_gpr() {
+                    expected |= 1 << number(used.register());
+                }
+            }
+            assert_eq!(expected & !written(&i), 0, "{i} writes a register that is not noticed");
+        }
+        assert!(seen > 20_000, "{seen}");
+    }
+}
