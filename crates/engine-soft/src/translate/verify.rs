@@ -496,7 +496,7 @@ fn compare(
     }
     let found = Registers::of(vp);
     if (code == thunks::code::INTERPRET || vp.verify.early)
-        && found.rip != expected.rip
+        && (found.rip != expected.rip || vp.verify.single)
         && let Some(count) = path.iter().position(|p| p.i.ip() == found.rip)
     {
         return Verdict::Early(count);
