@@ -106,7 +106,11 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let vm = Vm {
         initrd: initramfs::build(&guests, &kernel, &contents)?,
         kernel: kernel.image,
-        append: format!("viridian.test=bench-cpu viridian.args=/{TREE},/work,/bin/micro,{},{}", options.only(), options.parts.join(",")),
+        append: format!(
+            "viridian.test=bench-cpu viridian.args=/{TREE},/work,/bin/micro,{},{}",
+            options.only(),
+            options.parts.join(",")
+        ),
         memory_mib: options.memory_mib,
         processors: 1,
     };

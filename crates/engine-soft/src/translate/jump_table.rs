@@ -124,8 +124,8 @@ impl JumpTable {
     pub fn invalidate(&mut self, la: u64) {
         // A page's targets have neighbouring slots.
         let first = la & !0xfff;
-        let whole = self.may_hold(first).then_some(0x1000).unwrap_or_default();
-        let before = self.may_hold(first.wrapping_sub(1)).then_some(LONGEST - 1).unwrap_or_default();
+        let whole = if self.may_hold(first) { 0x1000 } else { 0 };
+        let before = if self.may_hold(first.wrapping_sub(1)) { LONGEST - 1 } else { 0 };
         let mut rip = first.wrapping_sub(before);
         while rip != first.wrapping_add(whole) {
             if self.get(rip).is_some() {

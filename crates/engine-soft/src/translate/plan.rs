@@ -515,10 +515,8 @@ fn accesses_of(i: &Instruction, kind: Kind, linear_page: u64, mut f: impl FnMut(
         Access { expression, displacement, size: size as u32, write, group: 0, relative: 0 }
     };
     match kind {
-        Kind::Plain | Kind::Vector(_) => {
-            if (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory) {
-                f(operand(i.memory_size().size(), classify::shape(i).writes_memory));
-            }
+        Kind::Plain | Kind::Vector(_) if (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory) => {
+            f(operand(i.memory_size().size(), classify::shape(i).writes_memory));
         }
         Kind::Push => {
             if i.op0_kind() == OpKind::Memory {
