@@ -94,6 +94,18 @@ enum BenchWhat {
     Boot(BenchBootArgs),
     Cpu(BenchCpuArgs),
     Disk(BenchDiskArgs),
+    Firmware(BenchFirmwareArgs),
+}
+
+/// From power-on to shim and to the kernel, against OVMF on QEMU with the same disk.
+#[derive(clap::Args)]
+struct BenchFirmwareArgs {
+    /// Rounds; the median counts
+    #[arg(long, default_value_t = 5)]
+    runs: u32,
+    /// Disk of the catalogue
+    #[arg(long, default_value = "debian-12-disk")]
+    disk: String,
 }
 
 /// Virtual disks: conversions and streams of requests, against qemu-img; fio in guests, against QEMU.
@@ -239,6 +251,9 @@ fn run(cli: Cli) -> Result<ExitCode> {
             caches: args.cache,
             kernel: (args.kernel != "none").then_some(args.kernel),
         }),
+        Xtask::Bench(BenchArgs { what: BenchWhat::Firmware(args) }) => {
+            bench::firmware::run(&bench::firmware::Options { runs: args.runs.max(1), disk: args.disk })
+        }
         Xtask::Guests(args) => run_guests(&args),
         Xtask::Initramfs(args) => run_initramfs(args),
     }

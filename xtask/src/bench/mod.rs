@@ -6,6 +6,7 @@
 pub mod boot;
 pub mod cpu;
 pub mod disk;
+pub mod firmware;
 mod inputs;
 pub mod table;
 
