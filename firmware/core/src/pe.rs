@@ -257,6 +257,10 @@ impl<'a> PeImage<'a> {
         memory[..headers].copy_from_slice(&self.data[..headers]);
         for s in &self.sections {
             let len = s.raw_size.min(s.virtual_size) as usize;
+            // A section without data may say any offset.
+            if len == 0 {
+                continue;
+            }
             let (to, from) = (s.virtual_address as usize, s.raw_offset as usize);
             memory[to..to + len].copy_from_slice(&self.data[from..from + len]);
         }
