@@ -7,7 +7,7 @@ use super::shadow::ShadowStack;
 use super::thunks::{self, Thunks};
 use super::verify::Planned;
 use std::collections::HashMap;
-use std::hash::{BuildHasherDefault, Hasher};
+use std::hash::{BuildHasherDefault, Hash, Hasher};
 use std::io;
 
 /// A quick hash for keys that are addresses.
@@ -23,9 +23,6 @@ impl Hasher for AddressHasher {
             self.write_u64(u64::from(*b));
         }
     }
-    fn write_u8(&mut self, value: u8) {
-        self.write_u64(u64::from(value));
-    }
     fn write_u64(&mut self, value: u64) {
         self.0 = (self.0.rotate_left(5) ^ value).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         self.0 ^= self.0 >> 29;
@@ -35,7 +32,7 @@ impl Hasher for AddressHasher {
 type AddressMap<K, V> = HashMap<K, V, BuildHasherDefault<AddressHasher>>;
 
 /// What a block was translated from.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Key {
     /// Physical address of its first byte.
     pub gpa: u64,
@@ -47,6 +44,14 @@ pub struct Key {
     pub linear: u64,
     /// Privilege level 0 (else 3).
     pub kernel: bool,
+}
+
+// All in one word: the lookup is on the way of every jump that the table misses.
+impl Hash for Key {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        let kind = u64::from(self.shape == Shape::Single) << 62 | u64::from(self.kernel) << 63;
+        state.write_u64(self.gpa ^ kind ^ self.next.rotate_left(17) ^ self.linear.rotate_left(31));
+    }
 }
 
 struct Block {
@@ -62,6 +67,14 @@ struct Block {
 struct ExitRecord {
     exit: Exit,
     block: u32,
+}
+
+/// A copy of a page of code, with a few bytes of what follows.
+pub struct PageCopy {
+    /// Physical page and generation.
+    pub of: (u64, u32),
+    /// Its bytes.
+    pub bytes: Box<[u8; 4096 + 16]>,
 }
 
 /// A physical page with blocks.
@@ -86,6 +99,7 @@ pub struct Translator {
     exits: Vec<ExitRecord>,
     sites: Vec<Site>,
     cold_sites: Vec<Site>,
+    copy: PageCopy,
     /// How much of the partition's log of changed code pages has been seen.
     pub log_seen: u64,
     /// Blocks translated, instructions in them, flushes of everything, blocks dropped because code changed.
@@ -118,6 +132,7 @@ impl Translator {
             exits: Vec::new(),
             sites: Vec::new(),
             cold_sites: Vec::new(),
+            copy: PageCopy { of: (u64::MAX, 0), bytes: Box::new([0; 4096 + 16]) },
             log_seen: 0,
             stats: [0; 4],
         })
@@ -131,6 +146,11 @@ impl Translator {
     /// Is there room for one more block?
     pub fn has_room(&self) -> bool {
         self.hot + BLOCK_ROOM <= self.hot_end && self.cold + BLOCK_ROOM <= self.memory.len()
+    }
+
+    /// The page that was translated from last, as it was: neighbouring blocks are often made one after the other.
+    pub fn page_copy(&mut self) -> &mut PageCopy {
+        &mut self.copy
     }
 
     /// Where the next block goes.

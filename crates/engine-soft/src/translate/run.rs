@@ -354,7 +354,6 @@ fn translate(vp: &mut SoftVp, t: &mut Translator, key: Key, hosts: [*const u8; 2
 
 fn make(vp: &mut SoftVp, t: &mut Translator, key: Key, hosts: [*const u8; 2]) -> Option<u32> {
     let mut generations = [0; 2];
-    let mut bytes = [0u8; (PAGE_SIZE + LONGEST) as usize];
     let mut len = 0;
     for (n, host) in hosts.into_iter().enumerate().filter(|(_, host)| !host.is_null()) {
         let page = [key.gpa, key.next][n] >> 12;
@@ -364,20 +363,30 @@ fn make(vp: &mut SoftVp, t: &mut Translator, key: Key, hosts: [*const u8; 2]) ->
             vp.flush_jumps();
         }
         generations[n] = generation;
+        let copy = t.page_copy();
         let count = if n == 0 { PAGE_SIZE } else { LONGEST } as usize;
-        // SAFETY: `host` is a page that `fetch_page` found: live guest memory. It may change while it is copied; then its
-        // generation changes too, and the block is dropped.
-        unsafe { std::ptr::copy_nonoverlapping(host, bytes[len..].as_mut_ptr(), count) };
+        // Pages with this generation cannot change without another one.
+        if n != 0 || copy.of != (page, generation) {
+            // SAFETY: `host` is a page that `fetch_page` found: live guest memory. It may change while it is copied; then its
+            // generation changes too, and the block is dropped.
+            unsafe { std::ptr::copy_nonoverlapping(host, copy.bytes[len..].as_mut_ptr(), count) };
+            if n == 0 {
+                copy.of = (page, generation);
+            }
+        }
         len += count;
     }
     if !t.has_room() {
         flush(vp, t);
     }
     let offset = (key.gpa & (PAGE_SIZE - 1)) as usize;
-    if vp.s.jit.sabotage != 0 && bytes[offset..].starts_with(&[0x48, 0x01]) {
-        bytes[offset + 1] = 0x29;
+    let at = t.next();
+    let thunks = t.thunks;
+    let copy = t.page_copy();
+    if vp.s.jit.sabotage != 0 && copy.bytes[offset..].starts_with(&[0x48, 0x01]) {
+        copy.bytes[offset + 1] = 0x29;
     }
-    let lowered = lower(vp.s.rip, &bytes[..len], key.shape, &vp.features, Mode::of(vp), &t.thunks, t.next())?;
+    let lowered = lower(vp.s.rip, &copy.bytes[..len], key.shape, &vp.features, Mode::of(vp), &thunks, at)?;
     t.insert(key, generations, lowered)
 }
 
