@@ -60,11 +60,17 @@ host heartbeat no
 basename "$beat" > /sys/bus/vmbus/drivers/hv_utils/bind
 host heartbeat ok
 
-# The machine is saved, lies for half a minute, and goes on; then the clock is right.
+# The machine stands still for half a minute; it is saved and goes on in another process: the clock is right soon after.
 host clock-now "$(now)"
-host save 30
-sleep 2
+note "before: $answer"
+host pause 30
+sleep 1
 host clock-now "$(now)"
+note "after a pause of 30 s: $answer"
+host save 5
+sleep 1
+host clock-now "$(now)"
+note "after 5 s in a file: $answer"
 host connected
 host heartbeat ok
 umount /mnt

@@ -82,6 +82,8 @@ pub enum Expect {
     TripleFault,
     /// On a terminal: raw while the guest has it, the documented key leaves, and the settings come back.
     Terminal,
+    /// The guest panics and tells the host through Hyper-V's crash registers, with the kernel's last words.
+    CrashReport,
     /// The guest's script and the host work together.
     Scenario(fn(&Stage) -> Result<()>),
     /// Saved when this text appears, restored by another process, where it goes on to a verdict of PASS.
@@ -348,6 +350,17 @@ pub fn all(long_seconds: u32) -> Vec<Case> {
         case.viridian_only = true;
         cases.push(case);
     }
+    let mut crash = boot(
+        "hyperv/crash-report",
+        Boot {
+            expect: Expect::CrashReport,
+            options: &["--hyperv", "on"],
+            // echo c > /proc/sysrq-trigger
+            ..Boot::new("bookworm-cloud", 2, "quiet viridian.run=ZWNobyBjID4gL3Byb2Mvc3lzcnEtdHJpZ2dlcgo=")
+        },
+    );
+    crash.viridian_only = true;
+    cases.push(crash);
     cases.extend(hyperv_scenarios());
     for scenario in Scenario::ALL {
         cases.push(Case {

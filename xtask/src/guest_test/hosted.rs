@@ -6,7 +6,8 @@ use super::{Bench, expect_seen, is_fatal};
 use crate::session::{Session, Signal};
 use crate::vm::{Contender, Vm};
 use anyhow::{Context, Result, bail, ensure};
-use std::io::Write as _;
+use std::io::{Read as _, Write as _};
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{ChildStdin, Command};
 use std::time::{Duration, Instant};
@@ -144,6 +145,30 @@ impl<'a> Hosted<'a> {
         let log = self.stage.file(&format!("{}.log", self.processes));
         let next = Self::start(self.stage, command, &log)?;
         (self.session, self.keyboard, self.at) = (next.session, next.keyboard, 0);
+        Ok(())
+    }
+
+    /// The machine stands still for this time.
+    ///
+    /// # Errors
+    /// When the control socket refuses.
+    pub fn pause(&self, time: Duration) -> Result<()> {
+        self.order("pause")?;
+        std::thread::sleep(time);
+        self.order("resume")
+    }
+
+    /// `POST /v1/machine/ORDER` on the control socket (docs/control.md).
+    fn order(&self, order: &str) -> Result<()> {
+        let path = self.stage.file("sock");
+        let mut stream = UnixStream::connect(&path).with_context(|| format!("cannot reach {}", path.display()))?;
+        stream.set_read_timeout(Some(Duration::from_secs(30)))?;
+        let head = format!("POST /v1/machine/{order} HTTP/1.1\r\nHost: viridian\r\nConnection: close\r\n");
+        stream
+            .write_all(format!("{head}Content-Type: application/json\r\nContent-Length: 2\r\n\r\n{{}}").as_bytes())?;
+        let mut answer = [0; 12];
+        stream.read_exact(&mut answer).context("no answer on the control socket")?;
+        ensure!(answer.starts_with(b"HTTP/1.1 2"), "{order}: {}", String::from_utf8_lossy(&answer));
         Ok(())
     }
 

@@ -247,6 +247,16 @@ fn judge_end(
         Expect::Terminal | Expect::SaveAndRestore(_) | Expect::Scenario(_) => {
             anyhow::bail!("this case has a procedure of its own")
         }
+        Expect::CrashReport => {
+            // The guest's console and the report are two pipes: either may come first.
+            let report = |t: &str| t.split_once("the guest has crashed: ").map(|(_, rest)| rest.to_owned());
+            let event = session.wait_for(left(), |t| {
+                report(t).is_some_and(|r| r.contains("Kernel panic - not syncing: sysrq triggered crash"))
+            })?;
+            anyhow::ensure!(event == Event::Seen, "no report of the crash with the kernel's last words came");
+            session.kill();
+            Ok(())
+        }
         Expect::TripleFault => {
             let event = session.wait_for(left(), |_| false)?;
             anyhow::ensure!(

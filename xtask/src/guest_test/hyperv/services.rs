@@ -63,6 +63,10 @@ fn act(guest: &mut Hosted, words: &[&str], stage: &Stage, data: &[u8]) -> Result
                 Ok(String::new())
             }
         },
+        ["pause", seconds] => {
+            guest.pause(Duration::from_secs(seconds.parse()?))?;
+            Ok(String::new())
+        }
         ["save", seconds] => {
             guest.save_and_restore(Duration::from_secs(seconds.parse()?))?;
             Ok(String::new())
