@@ -95,6 +95,30 @@ enum BenchWhat {
     Cpu(BenchCpuArgs),
     Disk(BenchDiskArgs),
     Firmware(BenchFirmwareArgs),
+    Smp(BenchSmpArgs),
+}
+
+/// A parallel compilation on one virtual processor and on several.
+#[derive(clap::Args)]
+struct BenchSmpArgs {
+    /// Rounds; the median counts
+    #[arg(long, default_value_t = 3)]
+    runs: u32,
+    /// Kernel of the catalogue
+    #[arg(long, default_value = "bookworm-cloud")]
+    kernel: String,
+    /// Engine
+    #[arg(long, default_value = "soft")]
+    engine: String,
+    /// Virtual processors of the larger machine
+    #[arg(long, default_value_t = 2)]
+    processors: u32,
+    /// Compilations
+    #[arg(long, default_value_t = 8)]
+    compilations: u32,
+    /// Guest memory in MiB
+    #[arg(long, default_value_t = 1024)]
+    memory: u32,
 }
 
 /// From power-on to shim and to the kernel, against OVMF on QEMU with the same disk.
@@ -254,6 +278,14 @@ fn run(cli: Cli) -> Result<ExitCode> {
         Xtask::Bench(BenchArgs { what: BenchWhat::Firmware(args) }) => {
             bench::firmware::run(&bench::firmware::Options { runs: args.runs.max(1), disk: args.disk })
         }
+        Xtask::Bench(BenchArgs { what: BenchWhat::Smp(args) }) => bench::smp::run(&bench::smp::Options {
+            runs: args.runs.max(1),
+            contender: vm::Contender::by_name(&args.engine, &guests::Guests::locate(), true)?,
+            kernel: args.kernel,
+            processors: args.processors.max(1),
+            compilations: args.compilations.max(1),
+            memory_mib: args.memory,
+        }),
         Xtask::Guests(args) => run_guests(&args),
         Xtask::Initramfs(args) => run_initramfs(args),
     }

@@ -18,7 +18,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::Duration;
 
 /// Tree of the real programs, in the catalogue and in the guest.
-const TREE: &str = "programs";
+pub(super) const TREE: &str = "programs";
 const LIMIT: Duration = Duration::from_secs(3600);
 
 /// Programs of the tree that are run; their libraries follow.
@@ -92,17 +92,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let micro = build_micro()?;
     let inputs = inputs::all();
     let kernel = guests.kernel(&options.kernel)?;
-    let mut contents = Contents {
-        under: TREE.to_owned(),
-        programs: PROGRAMS.iter().map(|p| (TREE.to_owned(), (*p).to_owned())).collect(),
-        folders: vec![(TREE.to_owned(), "usr/lib/python3.11".to_owned())],
-        files: vec![("bin/micro".to_owned(), 0o755, fs::read(&micro)?)],
-        uncompressed: true,
-        ..Contents::default()
-    };
-    for (name, text) in &inputs {
-        contents.files.push((format!("work/{name}"), 0o644, text.clone().into_bytes()));
-    }
+    let contents = contents(&micro, &inputs)?;
     let vm = Vm {
         initrd: initramfs::build(&guests, &kernel, &contents)?,
         kernel: kernel.image,
@@ -135,8 +125,27 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// The image's contents: the programs with their libraries, the small program and the inputs.
+///
+/// # Errors
+/// When the small program cannot be read.
+pub(super) fn contents(micro: &Path, inputs: &[(&'static str, String)]) -> Result<Contents> {
+    let mut contents = Contents {
+        under: TREE.to_owned(),
+        programs: PROGRAMS.iter().map(|p| (TREE.to_owned(), (*p).to_owned())).collect(),
+        folders: vec![(TREE.to_owned(), "usr/lib/python3.11".to_owned())],
+        files: vec![("bin/micro".to_owned(), 0o755, fs::read(micro)?)],
+        uncompressed: true,
+        ..Contents::default()
+    };
+    for (name, text) in inputs {
+        contents.files.push((format!("work/{name}"), 0o644, text.clone().into_bytes()));
+    }
+    Ok(contents)
+}
+
 /// Builds the static program. Its flags differ from the product's, so it has a workspace and a target folder of its own.
-fn build_micro() -> Result<PathBuf> {
+pub(super) fn build_micro() -> Result<PathBuf> {
     const TARGET: &str = "x86_64-unknown-linux-gnu";
     let root = crate::workspace_root();
     let folder = root.join("target/guest-programs");

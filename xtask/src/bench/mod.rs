@@ -8,6 +8,7 @@ pub mod cpu;
 pub mod disk;
 pub mod firmware;
 mod inputs;
+pub mod smp;
 pub mod table;
 
 /// The figures of one measurement, one for each round.
