@@ -596,7 +596,8 @@ fn state_goes_around_unchanged() {
 
 #[test]
 fn a_saved_guest_goes_on_in_another_partition() {
-    // Sums 1..=600 million while a timer interrupts it; saved in the middle.
+    // Sums 1..=4 thousand million while a timer interrupts it; saved in the middle. It takes a second or two, so that a
+    // loaded host stops it in time.
     let program = |b: &Bench| {
         counting_handler(b, 0x70, CODE + 0x1000, 0);
         b.code(CODE, |a| {
@@ -606,7 +607,7 @@ fn a_saved_guest_goes_on_in_another_partition() {
             apic_write(a, 0x380, 500_000);
             a.sti().unwrap();
             a.xor(r8, r8).unwrap();
-            a.mov(rcx, 600_000_000u64).unwrap();
+            a.mov(rcx, 4_000_000_000u64).unwrap();
             let mut sum = a.create_label();
             a.set_label(&mut sum).unwrap();
             a.add(r8, rcx).unwrap();
@@ -641,7 +642,7 @@ fn a_saved_guest_goes_on_in_another_partition() {
     second.clock.set(first.clock.tsc());
     second.vps[0].set_state(&state).unwrap();
     second.run(LIMIT);
-    assert_eq!(second.read_u64(DATA + 0x100), 600_000_000u64 * 600_000_001 / 2);
+    assert_eq!(second.read_u64(DATA + 0x100), 4_000_000_000u64 * 4_000_000_001 / 2);
     assert!(second.read_u64(DATA) > ticks_before, "the timer must go on after restore");
 }
 
