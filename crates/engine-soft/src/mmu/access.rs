@@ -207,20 +207,21 @@ impl SoftVp {
     }
 
     /// Makes the TLB set in use hit for an access of `len` bytes, or finds another way for translated code, if it can without more
-    /// than setting A bits. `copy`: a copy of the operand will do.
-    pub(crate) fn fill_for(&mut self, la: u64, len: u16, write: bool, copy: bool) -> Filled {
+    /// than setting A bits. `copy`: a copy of the operand will do. `certain`: the access follows at once, so D bits may be set too.
+    pub(crate) fn fill_for(&mut self, la: u64, len: u16, write: bool, copy: bool, certain: bool) -> Filled {
         if self.alignment_checked() {
             return Filled::No;
         }
         let len = usize::from(len);
         let class = self.access_class();
+        let intent = if write && certain { Intent::Write } else { Intent::Read };
         if !crosses(la, len) {
-            return if self.addend_of(la, len, write, class).is_some() { Filled::Hit } else { Filled::No };
+            return if self.addend_of(la, len, write, intent, class).is_some() { Filled::Hit } else { Filled::No };
         }
         let head = (PAGE_SIZE - (la & PAGE_MASK)) as usize;
         let next = self.wrap_linear((la & !PAGE_MASK).wrapping_add(PAGE_SIZE));
-        let Some(first) = self.addend_of(la, head, write, class) else { return Filled::No };
-        let Some(second) = self.addend_of(next, len - head, write, class) else { return Filled::No };
+        let Some(first) = self.addend_of(la, head, write, Intent::Read, class) else { return Filled::No };
+        let Some(second) = self.addend_of(next, len - head, write, Intent::Read, class) else { return Filled::No };
         if first == second {
             self.s.jit.addend = first;
             return Filled::Addend;
@@ -245,14 +246,14 @@ impl SoftVp {
     }
 
     /// The addend for an access inside a page, in the TLB set in use; fills it if need be.
-    fn addend_of(&mut self, la: u64, len: usize, write: bool, class: Class) -> Option<u64> {
+    fn addend_of(&mut self, la: u64, len: usize, write: bool, intent: Intent, class: Class) -> Option<u64> {
         for filled in [false, true] {
             let entry = self.mmu.set(class).entry(la);
             let tag = if write { entry.tag_w } else { entry.tag_r };
             if la.wrapping_sub(tag) <= PAGE_SIZE - len as u64 {
                 return Some(entry.addend);
             }
-            if filled || self.translate(la, Intent::Read, class).is_err() {
+            if filled || self.translate(la, intent, class).is_err() {
                 break;
             }
         }
@@ -268,8 +269,8 @@ impl SoftVp {
         let head = (PAGE_SIZE - (la & PAGE_MASK)) as usize;
         let next = self.wrap_linear((la & !PAGE_MASK).wrapping_add(PAGE_SIZE));
         let class = self.access_class();
-        let first = self.addend_of(la, head, true, class);
-        let second = self.addend_of(next, bytes.len() - head, true, class);
+        let first = self.addend_of(la, head, true, Intent::Read, class);
+        let second = self.addend_of(next, bytes.len() - head, true, Intent::Read, class);
         // Both pages were found writable, and nothing has happened since.
         debug_assert!(first.is_some() && second.is_some());
         if let (Some(first), Some(second)) = (first, second) {

@@ -240,7 +240,9 @@ impl Lower<'_> {
             c.alu_imm(false, 7, B, 4096 - miss.span as i32);
             c.jcc(cc::A, 0)
         });
-        c.mov_imm(B, u64::from(miss.span) | u64::from(miss.write) << 16 | u64::from(copy) << 17);
+        let wanted =
+            u64::from(miss.span) | u64::from(miss.write) << 16 | u64::from(copy) << 17 | u64::from(single) << 18;
+        c.mov_imm(B, wanted);
         c.call(self.thunks.fill);
         const { assert!(Filled::Hit as u8 == 1 && Filled::Addend as u8 == 2 && Filled::Copy as u8 == 3) };
         let decrement = |c: &mut Asm| c.bs(&[0x49, 0xff, 0xca]); // dec r10

@@ -44,13 +44,14 @@ unsafe extern "C" fn interpret(vp: *mut SoftVp, len: u64) -> u64 {
     })
 }
 
-/// Called from translated code: makes the TLB hit for an access that will perhaps follow, if that changes nothing but a page's A
-/// bit. What is wanted: bytes, bit 16 for a write, bit 17 if a copy of the operand will do. Gives a [`super::memory::Filled`].
+/// Called from translated code: makes the TLB hit for an access that will perhaps follow, if that changes nothing but A bits (and D
+/// bits, for a write that follows at once). What is wanted: bytes, bit 16 for a write, bit 17 if a copy of the operand will do, bit
+/// 18 if the access follows at once. Gives a [`super::memory::Filled`].
 unsafe extern "C" fn fill(vp: *mut SoftVp, la: u64, wanted: u64) -> u64 {
     // SAFETY: as in `interpret`.
     let vp = unsafe { &mut *vp };
-    let (len, write, copy) = (wanted as u16, wanted >> 16 & 1 != 0, wanted >> 17 & 1 != 0);
-    guarded(vp, |vp| vp.fill_for(la, len, write, copy) as u64)
+    let bit = |n: u32| wanted >> n & 1 != 0;
+    guarded(vp, |vp| vp.fill_for(la, wanted as u16, bit(16), bit(17), bit(18)) as u64)
 }
 
 /// Called from translated code: the copy that [`fill`] made has been worked on.

@@ -44,7 +44,8 @@ pub struct Thunks {
     pub put_back: u64,
     /// A: RIP; flags in the host's register. Where a return without its call comes to.
     pub unpaired: u64,
-    /// Called with A: linear address, B: bytes, bit 16 for a write, bit 17 if a copy of the operand will do. Gives in B a
+    /// Called with A: linear address, B: bytes, bit 16 for a write, bit 17 if a copy of the operand will do, bit 18
+    /// if the access follows at once. Gives in B a
     /// [`super::memory::Filled`], in C an addend. Keeps all other registers; destroys the flags.
     pub fill: u64,
     /// A: RIP of an instruction of the kernel's that does not touch the vector state; flags in the host's register.
