@@ -270,7 +270,7 @@ pub fn thread_time(process: u32) -> Duration {
 }
 
 /// Fields 14 and 15 of `/proc/PID/stat` (proc(5)): user and system time in ticks of 10 ms.
-fn cpu_time(stat: &str) -> Option<Duration> {
+pub fn cpu_time(stat: &str) -> Option<Duration> {
     // The program's name, field 2, may have spaces; it ends with the last parenthesis.
     let (_, rest) = stat.rsplit_once(')')?;
     let mut fields = rest.split_whitespace().skip(11);
@@ -294,6 +294,37 @@ fn resident_outside(smaps: &str, ram: u64) -> u64 {
         }
     }
     total
+}
+
+/// Resident bytes of a process beside guest RAM: its own, and those of the program's and the libraries' files, which all
+/// processes of the program share. Generated code is mapped twice, once to write and once to execute it, and is one and the
+/// same memory: it counts once.
+///
+/// # Errors
+/// When the process is gone.
+pub fn resident_beside(pid: u64, ram: u64) -> Result<(u64, u64)> {
+    let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).context("the process has ended")?;
+    let files = part_of(&smaps, |heading| heading.contains(" /") && !heading.contains("memfd:"));
+    let second = part_of(&smaps, |heading| heading.contains("r-xs") && heading.contains("memfd:viridian-code"));
+    let files = resident_outside(&files, ram);
+    Ok((resident_outside(&smaps, ram) - resident_outside(&second, ram) - files, files))
+}
+
+/// The mappings of `smaps` whose first line is wanted.
+fn part_of(smaps: &str, wanted: impl Fn(&str) -> bool) -> String {
+    let mut taken = String::new();
+    let mut take = false;
+    for line in smaps.lines() {
+        // A mapping's first line begins with its addresses, the others with a word and a colon.
+        if line.split(' ').next().is_some_and(|word| word.contains('-')) {
+            take = wanted(line);
+        }
+        if take {
+            taken.push_str(line);
+            taken.push('\n');
+        }
+    }
+    taken
 }
 
 #[cfg(test)]

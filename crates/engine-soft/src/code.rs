@@ -220,6 +220,11 @@ impl DecodeCache {
         self.arena.bytes() + self.blocks.len() * size_of::<Block>() >= CACHE_BYTES
     }
 
+    /// Bytes that it holds.
+    pub fn held(&self) -> usize {
+        self.arena.bytes() + self.blocks.capacity() * size_of::<Block>()
+    }
+
     /// The block with this number.
     #[inline(always)]
     pub fn block(&self, number: u32) -> &Block {

@@ -17,6 +17,7 @@ pub mod mmu;
 pub mod msrs;
 pub mod native;
 pub mod partition_impl;
+pub mod rest;
 pub mod run;
 pub mod segmentation;
 pub mod signals;

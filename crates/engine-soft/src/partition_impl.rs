@@ -42,6 +42,7 @@ impl Engine for SoftEngine {
         ABILITIES
     }
     fn create(&self, config: PartitionConfig) -> Result<Arc<dyn Partition>, EngineError> {
+        crate::rest::keep_tables_apart();
         Ok(SoftPartition::new(config)?)
     }
 }

@@ -4,6 +4,7 @@ use crate::apic::event;
 use crate::exception;
 use crate::interp;
 use crate::partition_impl::{SoftPartition, set_current};
+use crate::rest::at_rest;
 use crate::stats::Count;
 use crate::timers::NEVER;
 use crate::vp::{Fault, NoExits, SoftVp, attention};
@@ -294,6 +295,10 @@ impl SoftVp {
         let timeout = match deadline {
             NEVER => None,
             at => Some(partition.clock.until_tsc(at)).filter(|t| *t < Duration::from_secs(1 << 30)),
+        };
+        let timeout = match (timeout, at_rest(self)) {
+            (Some(timer), Some(look)) => Some(timer.min(look)),
+            (timer, look) => timer.or(look),
         };
         if timeout != Some(Duration::ZERO) {
             shared.halts.fetch_add(1, Ordering::Relaxed);

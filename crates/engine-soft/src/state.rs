@@ -38,6 +38,7 @@ impl SoftVp {
             decoded: code::DecodeCache::new(),
             translator: None,
             translator_refused: false,
+            watch: crate::rest::Watch::default(),
             exits: None,
             activity: Activity::Running,
             pending_exception: None,

@@ -205,6 +205,8 @@ pub struct SoftVp {
     pub translator: Option<Box<crate::translate::Translator>>,
     /// The host gives no executable memory.
     pub translator_refused: bool,
+    /// Whether the VP is at rest.
+    pub watch: crate::rest::Watch,
     /// The partition.
     pub partition: Arc<partition_impl::SoftPartition>,
     /// The machine, while [`partition::Vp::run`] is on the stack.

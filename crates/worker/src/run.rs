@@ -254,6 +254,9 @@ pub fn run(options: &RunOptions) -> Result<Outcome, WorkerError> {
     let result = run_loop.serve();
     drop(control);
     let stopped = machine.pause().map_err(WorkerError::Failed);
+    if let Some(Err(error)) = devices.as_ref().map(|d| d.units.flush()) {
+        tracing::error!("{error}");
+    }
     if let Some(plugged) = &plugged {
         plugged.backend.flush(Duration::from_secs(2));
     }
@@ -561,8 +564,9 @@ impl RunLoop<'_> {
         self.machine.pause().map_err(WorkerError::Failed)?;
         self.note_units();
         self.reporter.set(State::Saving);
-        if let Err(error) = save_to(self.machine, path) {
-            let text = error.to_string();
+        let flushed = self.devices.map_or(Ok(()), |d| d.units.flush());
+        let saved = flushed.and_then(|()| save_to(self.machine, path).map_err(|e| e.to_string()));
+        if let Err(text) = saved {
             self.reporter.note(&Note::SaveFailed(&text));
             if self.paused {
                 self.reporter.set(State::Paused);

@@ -123,6 +123,21 @@ impl Units {
         Ok(())
     }
 
+    /// Makes all that the guest has written durable. To it, a state that is saved, or a machine that is turned off, is no
+    /// power cut: what was in a write cache must still be there.
+    pub fn flush(&self) -> Result<(), String> {
+        let mut result = Ok(());
+        for unit in self.list() {
+            if let Ok(disk) = self.disk((unit.controller, unit.lun)) {
+                let flushed = disk.disk().flush();
+                let place = || format!("unit {} of controller {}", unit.lun, unit.controller);
+                result =
+                    result.and(flushed.map_err(|e| format!("{}: its writes cannot be made durable: {e}", place())));
+            }
+        }
+        result
+    }
+
     /// Removes a unit.
     pub fn detach(&self, controller: u32, lun: u8) -> Result<(), String> {
         let mut list = lock(&self.list);

@@ -370,6 +370,16 @@ pub fn all(long_seconds: u32) -> Vec<Case> {
             work: Work::Firmware(scenario),
         });
     }
+    let mut life = boot(
+        "vm/life",
+        Boot {
+            expect: Expect::Scenario(super::life::life),
+            modules: &["hv_vmbus", "sd_mod", "hv_storvsc", "hv_utils"],
+            ..Boot::new("bookworm-cloud", 2, "quiet")
+        },
+    );
+    life.viridian_only = true;
+    cases.push(life);
     let stress = |seconds: u32| Boot {
         programs: STRESS,
         seconds: 300 + 6 * seconds,

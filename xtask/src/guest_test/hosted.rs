@@ -34,6 +34,14 @@ impl Stage<'_> {
         }
     }
 
+    /// The engine under test.
+    ///
+    /// # Errors
+    /// When it is another program.
+    pub fn engine(&self) -> Result<&str> {
+        Ok(self.program()?.1)
+    }
+
     /// A command of the program under test.
     ///
     /// # Errors

@@ -5,6 +5,7 @@ mod cases;
 mod firmware;
 mod hosted;
 mod hyperv;
+mod life;
 mod special;
 mod usage;
 

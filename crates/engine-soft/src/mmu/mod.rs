@@ -244,6 +244,11 @@ impl SoftVp {
         self.mmu.each_set(|set| set.jumps.flush_all());
     }
 
+    /// As [`SoftVp::flush_jumps`], and gives the tables' memory back.
+    pub(crate) fn release_jumps(&mut self) {
+        self.mmu.each_set(|set| set.jumps = crate::translate::jump_table::JumpTable::new());
+    }
+
     /// Drops all translations.
     pub fn flush_tlb_all(&mut self) {
         self.counts.add(Count::FullFlushes, 1);

@@ -289,6 +289,22 @@ impl Translator {
         self.stats[2] += 1;
     }
 
+    /// Bytes that it holds beyond what an empty one does.
+    pub fn held(&self) -> usize {
+        let code = (self.hot - self.thunks.len) + (self.cold - self.hot_end);
+        code + self.blocks.len() * (size_of::<Block>() + size_of::<Key>() * 2)
+            + self.exits.len() * size_of::<ExitRecord>()
+    }
+
+    /// As [`Translator::flush`], and gives the memory back to the host. The caller flushes the jump tables.
+    pub fn release(&mut self) {
+        self.flush();
+        (self.blocks, self.exits) = (Vec::new(), Vec::new());
+        (self.sites, self.cold_sites) = (Vec::new(), Vec::new());
+        (self.by_key, self.pages) = (AddressMap::default(), AddressMap::default());
+        self.memory.discard(self.thunks.len);
+    }
+
     /// The signal site at a host address. Async-signal-safe.
     pub fn site(&self, at: u64) -> Option<&Site> {
         let find = |sites: &'_ [Site]| sites.binary_search_by_key(&at, |s| s.at).ok();

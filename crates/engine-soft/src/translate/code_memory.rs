@@ -72,6 +72,16 @@ impl CodeMemory {
         self.write.wrapping_add(offset)
     }
 
+    /// Gives the host back what lies behind the first `keep` bytes; it reads as zeros then.
+    pub fn discard(&mut self, keep: usize) {
+        let from = keep.next_multiple_of(4096).min(self.len);
+        if from < self.len {
+            // SAFETY: inside our own shared mapping; `&mut self` excludes writers, and the owner executes nothing there any
+            // more. A host that cannot do it keeps the memory, which is only a loss.
+            unsafe { libc::madvise(self.write.add(from).cast(), self.len - from, libc::MADV_REMOVE) };
+        }
+    }
+
     /// Copies code in; false if it does not fit.
     pub fn put(&mut self, offset: usize, code: &[u8]) -> bool {
         if offset.checked_add(code.len()).is_none_or(|end| end > self.len) {
