@@ -37,6 +37,8 @@ pub mod kind {
     pub const VIRIDIAN_NAME: u32 = 0x5600_0001;
     /// Viridian's own: the SMBIOS structure table, its length (u64) first.
     pub const VIRIDIAN_SMBIOS: u32 = 0x5600_0002;
+    /// Viridian's own: what to try before the boot options, `disk`, `dvd` or a file's path.
+    pub const VIRIDIAN_BOOT_FIRST: u32 = 0x5600_0003;
 }
 
 /// Bits of the FLAGS record.

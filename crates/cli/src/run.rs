@@ -66,6 +66,18 @@ pub struct Args {
     /// Keys of a new generation 2 machine: microsoft, windows, uefi-ca, none, or a file of PEM certificates
     #[arg(long, value_name = "NAME", default_value = "microsoft", conflicts_with = "kernel")]
     secure_boot_template: Template,
+    /// Generation of the machine: 2 is UEFI with devices on VMBus only (generation 1 comes later) [default: 2 without --kernel]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(2..=2), conflicts_with = "kernel")]
+    generation: Option<u32>,
+    /// What a generation 2 machine tries before its boot options in this run: disk, dvd, or a file's path (\EFI\...)
+    #[arg(long, value_name = "WHAT", value_parser = boot_first, conflicts_with_all = ["kernel", "restore"])]
+    boot: Option<String>,
+    /// When a generation 2 machine can boot nothing: power off, or wait for a key
+    #[arg(long, value_enum, default_value_t = BootFailure::PowerOff, conflicts_with = "kernel")]
+    boot_failure: BootFailure,
+    /// Folder that keeps a generation 2 machine's state (the firmware's variables); made when it is missing
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["kernel", "variables"])]
+    state: Option<PathBuf>,
     /// File that keeps the firmware's variables [default: they are lost at the end]
     #[arg(long, value_name = "FILE", conflicts_with = "kernel")]
     variables: Option<PathBuf>,
@@ -78,6 +90,21 @@ pub struct Args {
     /// On SIGUSR1, save the machine to this file and end
     #[arg(long, value_name = "FILE")]
     save: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum BootFailure {
+    PowerOff,
+    Wait,
+}
+
+/// `disk`, `dvd`, or a path with backslashes from the root of a file system.
+fn boot_first(text: &str) -> Result<String, String> {
+    match text {
+        "disk" | "dvd" => Ok(text.into()),
+        path if path.starts_with(['\\', '/']) && path.len() <= 255 => Ok(path.replace('/', "\\")),
+        _ => Err("expected disk, dvd, or a path such as \\EFI\\debian\\grubx64.efi".into()),
+    }
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -125,9 +152,22 @@ pub fn run(args: Args, started: Instant) -> ExitCode {
             processors: args.processors,
             cpu_model: args.cpu_model.unwrap_or_else(vmms::config::default_model),
             hyperv: args.hyperv.unwrap_or(OnOff::On) == OnOff::On,
-            boot: BootSource::Firmware { name: "This machine".into(), pause_after_failure: false },
+            boot: BootSource::Firmware {
+                name: "This machine".into(),
+                pause_after_failure: args.boot_failure == BootFailure::Wait,
+                first: args.boot,
+            },
             storage,
         }),
+    };
+    let variables = match args.state {
+        Some(folder) => {
+            if let Err(error) = std::fs::create_dir_all(&folder) {
+                return fail(&format!("--state {}: {error}", folder.display()), 2);
+            }
+            Some(folder.join("firmware-variables"))
+        }
+        None => args.variables,
     };
     let translate = match args.translate {
         TranslateArg::On => TranslateMode::On,
@@ -143,7 +183,7 @@ pub fn run(args: Args, started: Instant) -> ExitCode {
         },
         engine_options: EngineOptions { translate, ..EngineOptions::default() },
         firmware: FirmwareOptions {
-            variables: args.variables,
+            variables,
             template: args.secure_boot_template,
             secure_boot: args.secure_boot == OnOff::On,
         },

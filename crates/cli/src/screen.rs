@@ -22,7 +22,7 @@ pub struct ScreenshotArgs {
 pub struct TypeArgs {
     /// The machine's name (`viridian run --name`), or the path of its control socket
     name: String,
-    /// Text, for a keyboard with the US layout; \\n is Enter, \\t Tab, \\\\ a backslash
+    /// Text, for a keyboard with the US layout; \n is Enter, \t Tab, \\ a backslash
     #[arg(default_value = "", hide_default_value = true)]
     text: String,
     /// Key or combination to press after the text: enter, esc, f2, up, ctrl-alt-delete; may be given several times

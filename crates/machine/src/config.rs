@@ -75,6 +75,9 @@ pub enum BootSource {
         name: String,
         /// When nothing can be booted: wait for a key instead of powering off.
         pause_after_failure: bool,
+        /// What is tried before the boot options: `disk`, `dvd`, or the path of a file on any of them (`\\EFI\\...`).
+        #[serde(default)]
+        first: Option<String>,
     },
     /// A raw image at a given address.
     Flat {

@@ -441,7 +441,7 @@ fn fat() -> Vec<u8> {
     for t in [1, 4] {
         d[t * 512..t * 512 + 3].copy_from_slice(&[0xf9, 0xff, 0xff]);
     }
-    let mut v = FatVolume::mount(MemoryDisk { data: d, block: 512 }).unwrap().ok().expect("a volume");
+    let Ok(Ok(mut v)) = FatVolume::mount(MemoryDisk { data: d, block: 512 }) else { panic!("the made volume is none") };
     let now = FatTime::new(2026, 1, 1, 0, 0, 0);
     let folder = v.create(Directory::Root, "A folder", attribute::DIRECTORY, now).unwrap().as_directory().unwrap();
     for name in ["a long file name.txt", "SHORT.BIN", "third"] {

@@ -69,6 +69,9 @@ fn numbers(variable: &str) -> Vec<u16> {
 pub fn run() -> ! {
     loop {
         let mut attempts = Vec::new();
+        for option in first_options() {
+            attempt(&option, &mut attempts);
+        }
         if let Some(next) = numbers("BootNext").first() {
             let _ = set_variable("BootNext", &GLOBAL_VARIABLE, NV_BS_RT, &[]);
             if let Some(option) = load_option(*next) {
@@ -93,18 +96,35 @@ pub fn run() -> ! {
     }
 }
 
+/// What the host wants tried before everything else: disks, DVDs, or one file wherever it is.
+fn first_options() -> Vec<BootOption> {
+    match config::text(config::kind::BOOT_FIRST).as_deref() {
+        None => Vec::new(),
+        Some("disk") => on_media(|d| !d.removable, DEFAULT_FILE),
+        Some("dvd") => on_media(|d| d.removable, DEFAULT_FILE),
+        Some(path) => on_media(|_| true, path),
+    }
+}
+
 /// The removable-media path on every medium: disks in the order of the host, then DVDs.
 fn default_options() -> Vec<BootOption> {
+    on_media(|_| true, DEFAULT_FILE)
+}
+
+fn on_media(wanted: impl Fn(&disk::Found) -> bool, file: &str) -> Vec<BootOption> {
     disk::found(|all| {
-        let mut list: Vec<&disk::Found> =
-            all.iter().filter(|d| crate::handle::get(d.handle, &fs::SIMPLE_FILE_SYSTEM).is_ok()).collect();
+        let mut list: Vec<&disk::Found> = all
+            .iter()
+            .filter(|d| crate::handle::get(d.handle, &fs::SIMPLE_FILE_SYSTEM).is_ok())
+            .filter(|d| wanted(d))
+            .collect();
         list.sort_by_key(|d| d.removable);
         list.iter()
             .map(|d| BootOption {
                 number: None,
                 attributes: ACTIVE,
                 description: String::from(if d.removable { "DVD" } else { "Disk" }),
-                path: d.path.clone().file(DEFAULT_FILE),
+                path: d.path.clone().file(file),
                 data: Vec::new(),
             })
             .collect()

@@ -21,6 +21,7 @@ pub mod kind {
     pub const SMBIOS: u32 = 0x5600_0002;
     pub const FRAME_BUFFER: u32 = 0x5600_0000;
     pub const NAME: u32 = 0x5600_0001;
+    pub const BOOT_FIRST: u32 = 0x5600_0003;
 }
 
 /// Flags of [`kind::FLAGS`].

@@ -18,13 +18,14 @@ pub fn load(
     config: &MachineConfig,
     name: &str,
     pause_after_failure: bool,
+    first: Option<&str>,
     memory: &GuestMemory,
     mut state: VpState,
 ) -> Result<VpState, BootError> {
     if config.memory_bytes < LEAST_MEMORY {
         return Err(BootError::FirmwareMemory { needed: LEAST_MEMORY >> 20 });
     }
-    firmware::place(memory, &blob(config, name, pause_after_failure))?;
+    firmware::place(memory, &blob(config, name, pause_after_failure, first))?;
     let flat = |selector: u16, attributes: u32| Segment {
         base: 0,
         limit: 0xffff_ffff,
@@ -46,7 +47,7 @@ pub fn load(
     Ok(state)
 }
 
-fn blob(config: &MachineConfig, name: &str, pause_after_failure: bool) -> Vec<u8> {
+fn blob(config: &MachineConfig, name: &str, pause_after_failure: bool, first: Option<&str>) -> Vec<u8> {
     let ranges: Vec<(u64, u64, u32)> = layout::memory_map(config.memory_bytes)
         .into_iter()
         .filter(|(_, kind)| *kind == RangeKind::Ram)
@@ -73,6 +74,9 @@ fn blob(config: &MachineConfig, name: &str, pause_after_failure: bool) -> Vec<u8
         .record(kind::VIRIDIAN_FRAME_BUFFER, &screen)
         .record(kind::VIRIDIAN_SMBIOS, &smbios)
         .text(kind::VIRIDIAN_NAME, name);
+    if let Some(first) = first {
+        blob = blob.text(kind::VIRIDIAN_BOOT_FIRST, first);
+    }
     for (_, signature, bytes) in acpi::generation2(config.processors).tables {
         // The firmware makes these two itself, where it puts the others.
         if !matches!(signature, "RSDP" | "XSDT") {

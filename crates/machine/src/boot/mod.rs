@@ -153,8 +153,8 @@ pub fn load(config: &MachineConfig, memory: &GuestMemory, rsdp: u64, state: VpSt
             };
             if image.starts_with(b"\x7fELF") { pvh::load(load) } else { linux::load(load) }
         }
-        BootSource::Firmware { name, pause_after_failure } => {
-            firmware::load(config, name, *pause_after_failure, memory, state)
+        BootSource::Firmware { name, pause_after_failure, first } => {
+            firmware::load(config, name, *pause_after_failure, first.as_deref(), memory, state)
         }
         BootSource::Flat { image, address, mode } => {
             memory.write(Gpa(*address), image)?;

@@ -61,15 +61,17 @@ pub fn debian_12(bench: &Bench, folder: &Path) -> Result<()> {
     }
     tar.resize(1 << 20, 0);
     std::fs::write(&updates, tar)?;
-    let variables = folder.join("variables");
+    let state = folder.join("state");
     let arguments = |processors: &'static str| {
         Ok::<_, anyhow::Error>([
             "--disk",
             text(&disk)?,
             "--disk",
             text(&updates)?,
-            "--variables",
-            text(&variables)?,
+            "--generation",
+            "2",
+            "--state",
+            text(&state)?,
             "--secure-boot-template",
             text(&keys)?,
             "--memory",
@@ -139,7 +141,10 @@ pub fn debian_13(bench: &Bench, folder: &Path) -> Result<()> {
 /// The DVD: its script has a verdict of its own.
 pub fn dvd(bench: &Bench, folder: &Path) -> Result<()> {
     let image = bench.guests.image("debian-12-dvd");
-    let mut machine = Machine::start(bench, folder, "dvd", &["--dvd", text(&image)?, "--memory", "512M"])?;
+    // A disk that would be booted first, if the DVD were not asked for.
+    let disk = own_disk(bench, folder, "debian-12-disk")?;
+    let arguments = ["--disk", text(&disk)?, "--dvd", text(&image)?, "--boot", "dvd", "--memory", "512M"];
+    let mut machine = Machine::start(bench, folder, "dvd", &arguments)?;
     machine.expect("VIRIDIAN-VERDICT: ")?;
     let verdict = machine.expect("\n")?;
     ensure!(verdict.starts_with("PASS"), "the guest says {}", verdict.trim());

@@ -59,7 +59,7 @@ impl Scenario {
         match self {
             Self::Debian12 => &["debian-12-disk", "efitools", "disk-tools"],
             Self::Debian13 => &["debian-13-disk"],
-            Self::Dvd => &["debian-12-dvd"],
+            Self::Dvd => &["debian-12-dvd", "debian-12-disk"],
             Self::Refusals => {
                 &["disk-tools", "efitools", "efi-shell", "memtest86", "ipxe", "systemd-boot", "shim-signed", "grub-efi"]
             }
