@@ -30,6 +30,7 @@ host copy-sum
 sum=$answer
 check copy-arrives within 60 sh -c "[ \"\$(sha256sum < /mnt/copied)\" = '$sum' ]"
 host heartbeat ok
+host tick
 host clock-now "$(now)"
 host hot-disk-known
 killall hv_fcopy_daemon

@@ -61,14 +61,17 @@ basename "$beat" > /sys/bus/vmbus/drivers/hv_utils/bind
 host heartbeat ok
 
 # The machine stands still for half a minute; it is saved and goes on in another process: the clock is right soon after.
+host tick
 host clock-now "$(now)"
 note "before: $answer"
 host pause 30
 sleep 1
+host tick
 host clock-now "$(now)"
 note "after a pause of 30 s: $answer"
 host save 5
 sleep 1
+host tick
 host clock-now "$(now)"
 note "after 5 s in a file: $answer"
 host connected

@@ -10,7 +10,7 @@ use std::io::{Read as _, Write as _};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{ChildStdin, Command};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 /// What a scenario has to work with.
 pub struct Stage<'a> {
@@ -78,6 +78,8 @@ pub struct Hosted<'a> {
     at: usize,
     deadline: Instant,
     processes: u32,
+    /// When the guest last asked for a tick.
+    pub tick: Option<SystemTime>,
 }
 
 enum Asked {
@@ -100,7 +102,7 @@ impl<'a> Hosted<'a> {
         command.arg("--stats").arg("--name").arg(stage.file("sock"));
         let mut session = Session::start(command, Some(log), true)?;
         let keyboard = session.input().context("input was asked for")?;
-        Ok(Self { stage, session, keyboard, at: 0, deadline: Instant::now() + stage.limit, processes: 1 })
+        Ok(Self { stage, session, keyboard, at: 0, deadline: Instant::now() + stage.limit, processes: 1, tick: None })
     }
 
     /// The process under observation.

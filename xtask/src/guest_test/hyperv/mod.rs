@@ -61,18 +61,25 @@ fn common(hosted: &mut Hosted, words: &[&str]) -> Option<Result<String>> {
             let fits = |s: &str| value(s, "heartbeat").is_some_and(|v| v.starts_with(wanted));
             Some(wait_for(hosted, &["status"], "heartbeat", fits))
         }
-        ["clock-now", time] => Some(clock(time)),
+        ["tick"] => {
+            hosted.tick = Some(SystemTime::now());
+            Some(Ok(String::new()))
+        }
+        ["clock-now", time] => Some(clock(time, hosted.tick)),
         _ => None,
     }
 }
 
-/// How far the guest's clock is from ours at the moment when its line has arrived.
+/// How far the guest's clock may be from ours, seconds.
 const MOST_CLOCK_ERROR: f64 = 0.1;
 
-fn clock(time: &str) -> Result<String> {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).context("a clock before 1970")?.as_secs_f64();
+/// The guest has read its clock between the tick and now: how far it is off lies between the two differences. (A guest
+/// that has just been restored is slow for a moment, which says nothing about its clock.)
+fn clock(time: &str, tick: Option<SystemTime>) -> Result<String> {
+    let seconds = |t: SystemTime| t.duration_since(UNIX_EPOCH).map(|d| d.as_secs_f64()).context("a clock before 1970");
+    let (before, after) = (seconds(tick.context("no tick came before")?)?, seconds(SystemTime::now())?);
     let guest: f64 = time.parse().with_context(|| format!("the guest's time '{time}'"))?;
-    let ahead = guest - now;
-    ensure!(ahead.abs() <= MOST_CLOCK_ERROR, "the guest's clock is {:+.1} ms off", ahead * 1e3);
-    Ok(format!("{:+.1} ms", ahead * 1e3))
+    let text = format!("{:+.1} to {:+.1} ms off", (guest - after) * 1e3, (guest - before) * 1e3);
+    ensure!(guest - after <= MOST_CLOCK_ERROR && guest - before >= -MOST_CLOCK_ERROR, "the guest's clock is {text}");
+    Ok(text)
 }
