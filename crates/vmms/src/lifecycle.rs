@@ -276,7 +276,8 @@ impl Vm {
                     Some(_) => Err(ClientError::Hangs { seconds: ASKED.as_secs() }),
                     None => client.order("turn-off"),
                 };
-                if let Err(error) = asked {
+                // Anything but silence means that it is on its way out already.
+                if let Err(error @ ClientError::Hangs { .. }) = asked {
                     self.kill(status.record.as_ref(), &error)?;
                 }
                 if !self.await_end(END_TIME) {
