@@ -80,13 +80,14 @@ pub enum TranslateMode {
 pub struct EngineOptions {
     /// Translator mode.
     pub translate: TranslateMode,
-    /// Bound of the code cache in bytes.
+    /// Bound of the code cache of all VPs together, in bytes. Memory is only taken as code is made: a compiler's run makes about
+    /// 80 MiB on each VP that executes it, and a cache that is too small is emptied over and over.
     pub code_cache_bytes: usize,
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { translate: TranslateMode::default(), code_cache_bytes: 128 << 20 }
+        Self { translate: TranslateMode::default(), code_cache_bytes: 256 << 20 }
     }
 }
 

@@ -90,9 +90,15 @@ pub struct Translator {
     pub shadow: ShadowStack,
     /// The fixed pieces.
     pub thunks: Thunks,
+    /// Where the next hot and cold code goes, and the ends of the pieces of memory in use for them.
     hot: usize,
     hot_end: usize,
     cold: usize,
+    cold_end: usize,
+    /// First byte that is in no piece yet.
+    free: usize,
+    /// Bytes of a piece.
+    piece: usize,
     blocks: Vec<Block>,
     by_key: AddressMap<Key, u32>,
     pages: AddressMap<u64, CodePage>,
@@ -117,15 +123,18 @@ impl Translator {
         if !memory.put(0, &code) {
             return Err(io::ErrorKind::OutOfMemory.into());
         }
-        let hot = thunks.len.next_multiple_of(64);
-        let hot_end = memory.len() / 4 * 3;
-        Ok(Self {
+        // Hot and cold code take pieces as they need them: nobody knows beforehand how they share the memory.
+        let piece = (memory.len() / 16).clamp(4 * BLOCK_ROOM, 2 << 20);
+        let mut translator = Self {
             shadow: ShadowStack::new(thunks.unpaired)?,
             memory,
             thunks,
-            hot,
-            hot_end,
-            cold: hot_end,
+            hot: 0,
+            hot_end: 0,
+            cold: 0,
+            cold_end: 0,
+            free: 0,
+            piece,
             blocks: Vec::new(),
             by_key: AddressMap::default(),
             pages: AddressMap::default(),
@@ -135,7 +144,9 @@ impl Translator {
             copy: PageCopy { of: (u64::MAX, 0), bytes: Box::new([0; 4096 + 16]) },
             log_seen: 0,
             stats: [0; 4],
-        })
+        };
+        translator.start();
+        Ok(translator)
     }
 
     /// The block for a key.
@@ -143,9 +154,29 @@ impl Translator {
         self.by_key.get(&key).copied()
     }
 
-    /// Is there room for one more block?
-    pub fn has_room(&self) -> bool {
-        self.hot + BLOCK_ROOM <= self.hot_end && self.cold + BLOCK_ROOM <= self.memory.len()
+    /// The first pieces, of an empty cache.
+    fn start(&mut self) {
+        self.hot = self.thunks.len.next_multiple_of(64);
+        self.hot_end = self.piece;
+        self.cold = self.piece;
+        self.cold_end = 2 * self.piece;
+        self.free = 2 * self.piece;
+    }
+
+    /// Makes room for one more block; false if there is none.
+    pub fn make_room(&mut self) -> bool {
+        for (at, end) in [(&mut self.hot, &mut self.hot_end), (&mut self.cold, &mut self.cold_end)] {
+            if *at + BLOCK_ROOM <= *end {
+                continue;
+            }
+            if self.free + self.piece > self.memory.len() {
+                return false;
+            }
+            // Pieces are taken in ascending order, so that signal sites stay sorted.
+            (*at, *end) = (self.free, self.free + self.piece);
+            self.free += self.piece;
+        }
+        true
     }
 
     /// The page that was translated from last, as it was: neighbouring blocks are often made one after the other.
@@ -284,8 +315,7 @@ impl Translator {
         self.exits.clear();
         self.sites.clear();
         self.cold_sites.clear();
-        self.hot = self.thunks.len.next_multiple_of(64);
-        self.cold = self.hot_end;
+        self.start();
         self.stats[2] += 1;
     }
 

@@ -377,7 +377,7 @@ fn make(vp: &mut SoftVp, t: &mut Translator, key: Key, hosts: [*const u8; 2]) ->
         }
         len += count;
     }
-    if !t.has_room() {
+    if !t.make_room() {
         flush(vp, t);
     }
     let offset = (key.gpa & (PAGE_SIZE - 1)) as usize;
