@@ -322,7 +322,8 @@ pub fn all(long_seconds: u32) -> Vec<Case> {
         save.viridian_only = true;
         cases.push(save);
     }
-    for (kernel, processors) in [("bookworm-cloud", 1), ("bookworm-generic", 2), ("trixie-cloud", 4)] {
+    let kernels = ["bookworm-cloud", "bookworm-generic", "trixie-cloud"];
+    for (kernel, processors) in kernels.into_iter().flat_map(|kernel| [1, 2, 4].map(|n| (kernel, n))) {
         let mut case = boot(
             &format!("hyperv/{kernel}/{processors}vp"),
             Boot {
