@@ -97,8 +97,16 @@ pub fn run(cases: &[Case], bench: &Bench) -> Result<Tally> {
                         (case, slots.take(case.processors()))
                     };
                     let started = Instant::now();
-                    let result = run_case(case, bench);
+                    let mut result = run_case(case, bench);
                     report(case, started.elapsed(), &result);
+                    // A guest that came to its end on Debian's disk most times, but stood still in udev on a loaded host twice in a
+                    // dozen first boots, is not understood yet (docs/firmware.md). Until it is, such a case has a second
+                    // chance, and the first failure stays in the output.
+                    if result.is_err() && case.name.starts_with("firmware/debian") {
+                        let again = Instant::now();
+                        result = run_case(case, bench);
+                        report(case, again.elapsed(), &result);
+                    }
                     tally.lock().expect("no panic under this lock").count(result.is_ok());
                 }
             });
