@@ -338,7 +338,7 @@ impl Lower<'_> {
         match place {
             Place::Indexed(base, index, displacement) => self.hot.load_indexed(to, base, index, displacement),
             Place::Memory(base) => self.hot.load(to, base, 0),
-            Place::Register(_) | Place::Block(_) => unreachable!("an access is a place in guest memory"),
+            Place::Register(_) => unreachable!("an access is a place in guest memory"),
         }
     }
 

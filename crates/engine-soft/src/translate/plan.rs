@@ -12,7 +12,6 @@
 use super::classify::{self, Kind};
 use super::flags::{self, Need};
 use super::kernel::System;
-use crate::features::Features;
 use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 
 /// Most instructions of a block.
@@ -665,14 +664,10 @@ pub fn written(i: &Instruction) -> u16 {
     mask
 }
 
-/// [`Plan::new`] for a processor model, as the differential tests use it.
-pub fn plan_for(rip: u64, page: &[u8], features: &Features) -> Plan {
-    Plan::new(rip, page, Shape::Grouped, false, |i| classify::kind(i, features)).unwrap_or_default()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::features::Features;
     use iced_x86::{InstructionInfoFactory, OpAccess};
     use x86::cpuid::CpuModel;
 
@@ -683,7 +678,10 @@ mod tests {
     fn plan(code: &[u8]) -> Plan {
         let mut page = [0xf4u8; 4096];
         page[..code.len()].copy_from_slice(code);
-        plan_for(0x7000, &page, &features())
+        {
+            let features = features();
+            Plan::new(0x7000, &page, Shape::Grouped, false, |i| classify::kind(i, &features)).unwrap_or_default()
+        }
     }
 
     #[test]

@@ -9,8 +9,6 @@ pub enum Place {
     Memory(u8),
     /// `[base + index + disp]`, both host registers.
     Indexed(u8, u8, i32),
-    /// `gs:[offset]`.
-    Block(u32),
 }
 
 /// An instruction in 64-bit mode, taken apart.
@@ -234,17 +232,10 @@ impl Raw {
                         push(&disp.to_le_bytes());
                     }
                 }
-                Place::Block(offset) => {
-                    push(&[reg | 4, 0x25]);
-                    push(&offset.to_le_bytes());
-                }
             }
             if rex & 0xf != 0 {
                 rex |= 0x40;
             }
-        }
-        if matches!(place, Place::Block(_)) {
-            out.push(0x65);
         }
         if let Some(v) = self.vex {
             let short = rex & 0xb == 0 && self.map == 1;
