@@ -17,7 +17,8 @@ fn vhd(arguments: &[&str]) -> Command {
 
 fn must(arguments: &[&str]) {
     let output = vhd(arguments).output().unwrap();
-    assert!(output.status.success(), "vhd {arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+    let said = |bytes| String::from_utf8_lossy(bytes).into_owned();
+    assert!(output.status.success(), "vhd {arguments:?}: {}{}", said(&output.stdout), said(&output.stderr));
 }
 
 fn text(path: &Path) -> &str {

@@ -466,7 +466,18 @@ pub(crate) fn open_chain(path: &Path, o: &ChainOptions) -> Result<Chain> {
             e => bad(e.to_string()),
         })?;
         let image = open(storage, format, false).map_err(|e| bad(format!("{}: {e}", parent.display())))?;
-        check_link(&child, &parent, &link, &chain.images.last().expect("the child").facts, &image.facts)?;
+        let facts = &chain.images.last().expect("the child").facts;
+        if is_merged(&link, facts, &image.facts) {
+            // Nothing hides that parent wrongly, but a write would give the child a new identity.
+            if o.write && chain.images.len() == 1 {
+                return Err(bad(format!(
+                    "merging it into {} was interrupted after the last byte; merge it again, or use that image",
+                    parent.display()
+                )));
+            }
+        } else {
+            check_link(&child, &parent, &link, facts, &image.facts)?;
+        }
         chain.images.push(image);
         chain.paths.push(parent);
     }
@@ -533,6 +544,12 @@ fn find_parent(child: &Path, link: &ParentLink) -> Result<PathBuf> {
             tried.iter().map(|p| p.display().to_string()).collect::<Vec<_>>().join(", ")
         ),
     })
+}
+
+/// Whether the parent is what the child showed: the last step of a merge gives it the child's identity, before the child
+/// is removed.
+pub(crate) fn is_merged(link: &ParentLink, child: &Facts, parent: &Facts) -> bool {
+    matches!(link, ParentLink::Vhdx(_)) && child.link_id == parent.link_id
 }
 
 /// Checks that `parent` is the image that `child` was made from.

@@ -321,7 +321,9 @@ impl Translator {
 
     /// Bytes that it holds beyond what an empty one does.
     pub fn held(&self) -> usize {
-        let code = (self.hot - self.thunks.len) + (self.cold - self.hot_end);
+        // Of the pieces that were taken, what is not left of the two last ones.
+        let left = (self.hot_end - self.hot) + (self.cold_end - self.cold);
+        let code = self.free - left - self.thunks.len;
         code + self.blocks.len() * (size_of::<Block>() + size_of::<Key>() * 2)
             + self.exits.len() * size_of::<ExitRecord>()
     }
