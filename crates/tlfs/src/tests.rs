@@ -1,11 +1,12 @@
 //! Tests of the whole interface against TLFS, with a fake engine.
 
+mod hostile;
+
 use crate::cpuid;
 use crate::defs::*;
 use crate::hv::*;
 use crate::ports::*;
 use partition::*;
-use proptest::prelude::*;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 use x86::regs::gpr;
@@ -774,59 +775,4 @@ fn every_offered_privilege_has_its_register() {
         known |= bit;
     }
     assert_eq!(eax, known, "a privilege is offered that this test does not know");
-}
-
-/// MSR numbers with a bias to those that exist.
-fn any_msr() -> impl Strategy<Value = u32> {
-    prop_oneof![
-        4 => prop_oneof![
-            Just(msr::GUEST_OS_ID), Just(msr::HYPERCALL), Just(msr::REFERENCE_TSC), Just(msr::SCONTROL),
-            Just(msr::SIMP), Just(msr::SIEFP), Just(msr::EOM), Just(msr::CRASH_CTL), Just(msr::VP_ASSIST_PAGE),
-            Just(msr::CRASH_P0 + 3), Just(msr::CRASH_P4),
-        ],
-        4 => msr::SINT0..=msr::STIMER3_COUNT,
-        1 => 0x4000_0000u32..0x4000_2000,
-    ]
-}
-fn any_value() -> impl Strategy<Value = u64> {
-    prop_oneof![any::<u64>(), 0u64..0x20_0000, (0u64..0x110).prop_map(|p| p << 12 | 1), (0u32..64).prop_map(|b| 1 << b)]
-}
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
-
-    #[test]
-    fn no_guest_breaks_us(
-        steps in prop::collection::vec(
-            (0u8..6, 0u32..4, any_msr(), any_value(), any_value(), any_value(), any::<[u64; 4]>()), 1..60),
-    ) {
-        let w = world();
-        w.enable_hypercalls();
-        for (kind, vp, number, a, b, c, data) in steps {
-            match kind {
-                0 | 1 => { w.hv.msr_write(vp, number, a); }
-                2 => { w.hv.msr_read(vp, number); }
-                3 => {
-                    let code = [2u64, 3, 8, 0xb, 0x13, 0x14, 0x15, 0x5c, 0x5d, 0x99, 0x9a, 0x8001][(a % 12) as usize];
-                    let _ = w.memory.write(Gpa(b & 0xf_fff8), &words(&data));
-                    let mut caller = Caller::new(a & !0xffff | code, b, c);
-                    caller.xmm = [u128::from(data[0]); 16];
-                    caller.long = data[1] & 1 == 0;
-                    // A restart makes progress, so that it ends.
-                    let mut rounds = 0;
-                    while w.hv.hypercall(vp, &mut caller) == HypercallOutcome::Restart {
-                        rounds += 1;
-                        prop_assert!(rounds < 4096);
-                    }
-                }
-                4 => { let _ = w.hv.post_message(vp, a as u8, message(b)); w.hv.signal_event(vp, b as u8, c as u16); }
-                _ => {
-                    w.clock.set(a >> 8);
-                    w.hv.timer_expired(TimerId { vp, timer: b as u8 });
-                }
-            }
-        }
-        let state = w.hv.save();
-        prop_assert!(w.hv.restore(&state).is_ok());
-    }
 }

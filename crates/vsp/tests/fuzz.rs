@@ -2,14 +2,13 @@
 //! commands, and answers of services. Nothing panics, the bus serves a well-behaved guest afterwards, and the process
 //! does not grow.
 //!
-//! `VIRIDIAN_FUZZ_SECONDS` (default 6) is the duration of each target, `VIRIDIAN_FUZZ_SEED` (default 1) where it begins;
-//! a failure names the seed of its round, with which it comes again at once. docs/hyperv.md says how to run an hour.
+//! Each target runs for 6 s, or `VIRIDIAN_FUZZ_SECONDS`; see the crate `fuzzing`. docs/hyperv.md says how to run an hour.
 
+use fuzzing::rounds;
 use partition::GuestMemory;
 use scsi::{DiskConfig, ScsiDisk, ScsiDvd};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Once};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 use vhd::{CreateOptions, Disk, OpenOptions};
 use viridian_vsp::SyntheticDevice;
 use viridian_vsp::filecopy::{CopyOptions, FileCopy};
@@ -28,94 +27,8 @@ use vmbus::protocol::{Version, service};
 use vmbus::testing::{Guest, Vsc, world_with};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
-/// Growth of the process that is accepted, MiB: caches and worlds that are being taken apart.
-const MOST_GROWTH_MIB: u64 = 400;
-
-/// xorshift64 (Marsaglia 2003).
-struct Rng(u64);
-
-impl Rng {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-    fn below(&mut self, n: u64) -> u64 {
-        self.next() % n.max(1)
-    }
-    fn one_in(&mut self, n: u64) -> bool {
-        self.below(n) == 0
-    }
-    fn pick<T: Copy>(&mut self, of: &[T]) -> T {
-        of[self.below(of.len() as u64) as usize]
-    }
-    /// Numbers at which code goes wrong.
-    fn odd(&mut self) -> u64 {
-        let edge =
-            [0, 1, 2, 3, 4, 7, 8, 16, 4095, 4096, 4097, 0x7fff_ffff, 0x8000_0000, 0xffff_ffff, u64::MAX, 1 << 52];
-        match self.below(3) {
-            0 => self.pick(&edge),
-            1 => 1 << self.below(64),
-            _ => self.next() >> self.below(64),
-        }
-    }
-    fn bytes(&mut self, len: usize) -> Vec<u8> {
-        (0..len).map(|_| self.next() as u8).collect()
-    }
-    /// Changes a few of the bytes.
-    fn damage(&mut self, bytes: &mut Vec<u8>) {
-        for _ in 0..self.below(4) {
-            let at = self.below(bytes.len() as u64 + 1) as usize;
-            let new = self.odd().to_le_bytes();
-            let len = self.pick(&[1usize, 2, 4, 8]).min(bytes.len() - at);
-            bytes[at..at + len].copy_from_slice(&new[..len]);
-        }
-        if self.one_in(10) {
-            bytes.truncate(self.below(bytes.len() as u64 + 1) as usize);
-        }
-    }
-}
-
-/// A panic on any thread: those of devices and of the bus are joined without a look at how they ended.
-static PANICKED: AtomicBool = AtomicBool::new(false);
-static HOOK: Once = Once::new();
-
-/// Runs rounds until the time is up.
-fn rounds(mut round: impl FnMut(&mut Rng)) {
-    HOOK.call_once(|| {
-        let usual = std::panic::take_hook();
-        std::panic::set_hook(Box::new(move |info| {
-            PANICKED.store(true, Ordering::SeqCst);
-            usual(info);
-        }));
-    });
-    let env = |name: &str| std::env::var(name).ok().and_then(|s| s.parse::<u64>().ok());
-    let end = Instant::now() + Duration::from_secs(env("VIRIDIAN_FUZZ_SECONDS").unwrap_or(6));
-    let mut seed = env("VIRIDIAN_FUZZ_SEED").unwrap_or(1);
-    let (mut count, mut before) = (0u64, 0);
-    while Instant::now() < end || count < 20 {
-        let mut rng = Rng(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
-        let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| round(&mut rng)));
-        if result.is_err() || PANICKED.load(Ordering::SeqCst) {
-            panic!("a panic in this round: VIRIDIAN_FUZZ_SEED={seed} brings it again");
-        }
-        seed += 1;
-        count += 1;
-        // After the first rounds everything that is made once has been made.
-        if count == 20 {
-            before = resident_mib();
-        }
-    }
-    let growth = resident_mib().saturating_sub(before);
-    println!("{count} rounds, {growth} MiB more resident");
-    assert!(growth < MOST_GROWTH_MIB, "the process has grown by {growth} MiB in {count} rounds");
-}
-
-fn resident_mib() -> u64 {
-    let text = std::fs::read_to_string("/proc/self/statm").unwrap();
-    text.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() / 256
-}
+/// How long each target runs by default.
+const TIME: Duration = Duration::from_secs(6);
 
 /// All devices on one bus.
 struct World {
@@ -185,7 +98,7 @@ fn negotiate_storage(w: &World, vsc: &Vsc) {
 
 #[test]
 fn vmbus_messages() {
-    rounds(|rng| {
+    rounds("vmbus messages", TIME, |rng| {
         let mut w = world();
         w.guest.connect(rng.pick(&[Version::V5_3, Version::V4_1, Version::V3_0, Version::V1_1]));
         let relids: Vec<u32> = w.guest.offers().iter().map(|o| o.relid).collect();
@@ -253,7 +166,7 @@ fn vmbus_messages() {
 
 #[test]
 fn ring_contents() {
-    rounds(|rng| {
+    rounds("ring contents", TIME, |rng| {
         let mut w = world();
         w.guest.connect(Version::V5_3);
         let offers: Vec<Offer> = w.guest.offers();
@@ -300,7 +213,7 @@ fn storage_packets() {
         0x00u8, 0x03, 0x08, 0x0a, 0x12, 0x15, 0x1a, 0x1b, 0x1e, 0x25, 0x28, 0x2a, 0x2e, 0x2f, 0x35, 0x41, 0x42, 0x43,
         0x46, 0x4a, 0x51, 0x55, 0x5a, 0x5e, 0x5f, 0x88, 0x8a, 0x91, 0x93, 0x9e, 0xa0, 0xa3, 0xa8, 0xbe,
     ];
-    rounds(|rng| {
+    rounds("storage packets", TIME, |rng| {
         let mut w = world();
         w.guest.connect(Version::V5_3);
         let offers = w.guest.offers();
@@ -348,7 +261,7 @@ fn framed(header: MessageHeader, body: &[u8]) -> Vec<u8> {
 
 #[test]
 fn service_messages() {
-    rounds(|rng| {
+    rounds("service messages", TIME, |rng| {
         let mut w = world();
         w.guest.connect(Version::V5_3);
         let offers = w.guest.offers();

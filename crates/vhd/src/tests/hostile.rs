@@ -1,10 +1,10 @@
 //! Images that lie. Valid images are damaged where their structures are, mostly with checksums put right again, and
 //! then opened, checked, read and written: whatever happens is an error or a disk, never a panic.
 //!
-//! `VIRIDIAN_FUZZ_SECONDS` (default 3) is how long it goes on.
+//! Runs for 3 s, or `VIRIDIAN_FUZZ_SECONDS`; see the crate `fuzzing`.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::Rng;
 use super::powercut::{new_child, new_image, options};
@@ -186,18 +186,16 @@ fn use_it(content: &Content, format: Format, rng: &mut Rng) -> bool {
 
 #[test]
 fn damaged_images_never_panic() {
-    let seconds = std::env::var("VIRIDIAN_FUZZ_SECONDS").ok().and_then(|s| s.parse().ok()).unwrap_or(3);
-    let end = Instant::now() + Duration::from_secs(seconds);
     let seeds = seeds();
-    let (mut tried, mut opened) = (0u64, 0u64);
-    while Instant::now() < end || tried < 200 {
-        let mut rng = Rng::new(tried + 1);
-        let (format, content) = &seeds[rng.below(seeds.len() as u64) as usize];
-        let mut c = content.clone();
-        damage(&mut c, *format, &mut rng);
-        opened += u64::from(use_it(&c, *format, &mut rng));
-        tried += 1;
-    }
+    let mut opened = 0u64;
+    let tried = fuzzing::rounds("damaged images", Duration::from_secs(3), |rng| {
+        for _ in 0..10 {
+            let (format, content) = &seeds[rng.below(seeds.len() as u64) as usize];
+            let mut c = content.clone();
+            damage(&mut c, *format, rng);
+            opened += u64::from(use_it(&c, *format, rng));
+        }
+    }) * 10;
     println!("{tried} images, {opened} could be opened");
     // Both ends must be exercised, or the damage is too small or too great to say anything.
     assert!(opened > tried / 20 && opened < tried, "{opened} of {tried} opened");
