@@ -299,3 +299,28 @@ fn random_sequences_end_alike() {
     let seed = std::env::var("DIFF_SEED").ok().and_then(|n| n.parse().ok()).unwrap_or(0x1234_5678_9abc_def1);
     compare(cases, seed);
 }
+
+/// Many pushes of memory on a stack that crosses a page: no check of theirs succeeds as a group, and each has two of its own.
+/// (systemd sets up a service's name spaces with such a call.) The block without groups was given up, and the one with groups
+/// was entered again, for ever.
+#[test]
+fn many_pushes_across_a_page() {
+    use iced_x86::code_asm::*;
+    let mut bench = Bench::new(&SoftEngine::new(), "x86-64-v3", 1);
+    let numbers: Vec<u8> = (0..40u64).flat_map(|n| (0x1111 * n).to_le_bytes()).collect();
+    bench.memory.write(Gpa(DATA), &numbers).unwrap();
+    bench.code(CODE, |a| {
+        a.mov(rbx, DATA).unwrap();
+        a.mov(rsp, DATA + 0x3040).unwrap();
+        for n in 0..40 {
+            a.push(qword_ptr(rbx + 8 * n)).unwrap();
+        }
+        a.out(0xf4, al).unwrap();
+        a.hlt().unwrap();
+    });
+    bench.start_at(CODE);
+    bench.run(std::time::Duration::from_secs(20));
+    for n in 0..40 {
+        assert_eq!(bench.read_u64(DATA + 0x3040 - 8 * (n + 1)), 0x1111 * n, "push {n}");
+    }
+}

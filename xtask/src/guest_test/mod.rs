@@ -97,19 +97,8 @@ pub fn run(cases: &[Case], bench: &Bench) -> Result<Tally> {
                         (case, slots.take(case.processors()))
                     };
                     let started = Instant::now();
-                    let mut result = run_case(case, bench);
+                    let result = run_case(case, bench);
                     report(case, started.elapsed(), &result);
-                    // A guest that came to its end on Debian's disk most times, but stood still in udev on a loaded host twice in a
-                    // dozen first boots, is not understood yet (docs/firmware.md). Until it is, such a case has two more
-                    // chances, and each failure stays in the output.
-                    for _ in 0..2 {
-                        if result.is_ok() || !case.name.starts_with("firmware/debian") {
-                            break;
-                        }
-                        let again = Instant::now();
-                        result = run_case(case, bench);
-                        report(case, again.elapsed(), &result);
-                    }
                     tally.lock().expect("no panic under this lock").count(result.is_ok());
                 }
             });

@@ -282,9 +282,13 @@ impl Lower<'_> {
         B
     }
 
-    /// Is the address in the block's page?
+    /// Is the instruction at this address in the block's page, all of it? Blocks that go on in the next page are never
+    /// chained to: only the jump table knows whether they are good.
     pub(super) fn inside(&self, target: u64) -> bool {
-        target >> 12 == self.rip >> 12
+        let page = &self.page[..self.page.len().min(0x1000)];
+        let offset = (target & 0xfff) as usize;
+        let near_end = offset + 15 > page.len();
+        target >> 12 == self.rip >> 12 && !(near_end && plan::goes_on(page.get(offset..).unwrap_or_default()))
     }
 
     /// Loads a register with the linear address of what is at `rip` in the block's own numbering.

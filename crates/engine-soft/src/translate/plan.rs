@@ -193,24 +193,31 @@ impl Plan {
     /// instruction that goes on there is a block of its own. `kind` decides about an instruction. `None`: the first
     /// instruction goes on in the next page, whose bytes were not given.
     pub fn new(rip: u64, page: &[u8], shape: Shape, verify: bool, kind: impl Fn(&Instruction) -> Kind) -> Option<Self> {
-        let mut plan = Plan::default();
-        plan.decode(rip, page, kind);
-        let last = plan.steps.last_mut()?;
-        if last.kind == Kind::System(System::Sti) {
-            // The instruction behind STI belongs to it: an interrupt must not come between.
-            last.kind = if verify { Kind::Stop } else { Kind::Interpret };
-            plan.ended |= verify;
+        let mut limit = MAX_INSTRUCTIONS;
+        loop {
+            let mut plan = Plan::default();
+            plan.decode(rip, page, limit, &kind);
+            let last = plan.steps.last_mut()?;
+            if last.kind == Kind::System(System::Sti) {
+                // The instruction behind STI belongs to it: an interrupt must not come between.
+                last.kind = if verify { Kind::Stop } else { Kind::Interpret };
+                plan.ended |= verify;
+            }
+            plan.flags(rip >> 12, page);
+            plan.group(rip, shape, verify);
+            if plan.assign_slots() {
+                return Some(plan);
+            }
+            // A shorter block needs fewer slots; one instruction has two accesses at most.
+            limit = plan.steps.len() / 2;
         }
-        plan.flags(rip >> 12, page);
-        plan.group(rip, shape, verify);
-        Some(plan)
     }
 
-    fn decode(&mut self, rip: u64, page: &[u8], kind: impl Fn(&Instruction) -> Kind) {
+    fn decode(&mut self, rip: u64, page: &[u8], limit: usize, kind: impl Fn(&Instruction) -> Kind) {
         let code = &page[(rip & 0xfff) as usize..];
         let mut decoder = Decoder::with_ip(64, code, rip, DecoderOptions::NONE);
         let step = |i, kind| Step { i, kind, need: Need::default(), taken: 0, access: 0 };
-        while decoder.can_decode() && self.steps.len() < MAX_INSTRUCTIONS {
+        while decoder.can_decode() && self.steps.len() < limit {
             let i = decoder.decode();
             if i.is_invalid() {
                 self.at_crossing = decoder.last_error() == DecoderError::NoMoreBytes;
@@ -375,7 +382,6 @@ impl Plan {
         if shape == Shape::Grouped && !verify && barrier == 0 && self.is_loop(rip) {
             self.find_invariants(rip, &before, &values);
         }
-        self.assign_slots();
     }
 
     /// Does the block end with a jump to its own start?
@@ -404,9 +410,12 @@ impl Plan {
         }
     }
 
-    /// Finds out which groups need a slot, by following the scratch register through the block.
-    fn assign_slots(&mut self) {
+    /// Finds out which groups need a slot, by following the scratch register through the block, and gives each one that is
+    /// free from its check to its last access. False: there are not enough.
+    fn assign_slots(&mut self) -> bool {
         let mut needs = vec![false; self.groups.len()];
+        // Instruction of the last access.
+        let mut last = vec![0; self.groups.len()];
         let mut current = usize::MAX;
         for (g, needs) in self.groups.iter().zip(&mut needs) {
             *needs = g.invariant;
@@ -420,22 +429,23 @@ impl Plan {
                     needs[access.group] = true;
                 }
                 current = access.group;
+                last[access.group] = n;
             }
             if self.loses_addend(n) {
                 current = usize::MAX;
             }
         }
-        let mut next = 0;
-        for (g, needs) in self.groups.iter_mut().zip(needs) {
-            if needs {
-                g.slot = Some(next % ADDENDS);
-                next += 1;
-            }
+        // Those of the checks at the entry are never free again.
+        let mut free_from = [0; ADDENDS];
+        let invariant = (0..needs.len()).filter(|g| self.groups[*g].invariant);
+        let others = (0..self.steps.len()).flat_map(|n| self.checks(n));
+        for number in invariant.chain(others).filter(|g| needs[*g]).collect::<Vec<_>>() {
+            let g = &mut self.groups[number];
+            let Some(slot) = free_from.iter().position(|from| *from <= g.at) else { return false };
+            free_from[slot] = if g.invariant { usize::MAX } else { last[number] + 1 };
+            g.slot = Some(slot);
         }
-        // More groups than slots (in 48 instructions, hardly): later ones would overwrite earlier ones.
-        if next > ADDENDS {
-            *self = Self::default();
-        }
+        true
     }
 
     /// Does the scratch register lose its addend at instruction `n`? Where the interpreter may execute it, nothing is left in
@@ -462,6 +472,12 @@ impl Plan {
         let end = self.steps.get(n + 1).map_or(self.accesses.len(), |s| s.access);
         &self.accesses[self.steps[n].access..end]
     }
+}
+
+/// Does the instruction at `bytes` go on behind them?
+pub fn goes_on(bytes: &[u8]) -> bool {
+    let mut decoder = Decoder::with_ip(64, bytes, 0, DecoderOptions::NONE);
+    decoder.decode().is_invalid() && decoder.last_error() == DecoderError::NoMoreBytes
 }
 
 /// Does the instruction name so many general registers that all scratch registers may be needed for them?
@@ -675,13 +691,50 @@ mod tests {
         Features::from_table(&CpuModel::by_name("x86-64-v3").unwrap().table(0, 1, 1_000_000_000))
     }
 
-    fn plan(code: &[u8]) -> Plan {
+    fn shaped(code: &[u8], shape: Shape) -> Plan {
         let mut page = [0xf4u8; 4096];
         page[..code.len()].copy_from_slice(code);
-        {
-            let features = features();
-            Plan::new(0x7000, &page, Shape::Grouped, false, |i| classify::kind(i, &features)).unwrap_or_default()
+        let features = features();
+        Plan::new(0x7000, &page, shape, false, |i| classify::kind(i, &features)).unwrap_or_default()
+    }
+
+    fn plan(code: &[u8]) -> Plan {
+        shaped(code, Shape::Grouped)
+    }
+
+    /// Where slots are in use, no other group has the same one.
+    fn check_slots(p: &Plan) {
+        for (n, g) in p.groups.iter().enumerate() {
+            let accesses = (0..p.steps.len()).flat_map(|s| p.accesses_of(s).iter().map(move |a| (s, a)));
+            let last = accesses.filter(|(_, a)| a.group == n).map(|(s, _)| s).max().unwrap();
+            for (m, other) in p.groups.iter().enumerate() {
+                let beside = m != n && other.at >= g.at && (other.at <= last || g.invariant);
+                assert!(g.slot.is_none() || !beside || g.slot != other.slot, "{g:?} {other:?}");
+            }
         }
+    }
+
+    #[test]
+    fn slots_are_used_again() {
+        // push [rbx+8n], each with two checks
+        let pushes: Vec<u8> = (0..40u8).flat_map(|n| [0xff, 0x73, 3 * n]).collect();
+        let p = shaped(&pushes, Shape::Single);
+        assert_eq!((p.steps.len(), p.groups.len()), (41, 80), "each has two checks; the last one is HLT");
+        check_slots(&p);
+        assert!(p.groups.iter().all(|g| g.slot.is_some_and(|s| s < 4)));
+    }
+
+    #[test]
+    fn a_block_with_too_many_groups_is_cut() {
+        // mov rax,[rbx+0x1000n] (n = 0..17), and again: all are in use at the same time
+        let read = |n: u32| {
+            let mut bytes = vec![0x48, 0x8b, 0x83];
+            bytes.extend((n % 17 * 0x1000).to_le_bytes());
+            bytes
+        };
+        let p = plan(&(0..34).flat_map(read).collect::<Vec<_>>());
+        assert!(!p.steps.is_empty() && !p.groups.is_empty());
+        check_slots(&p);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use super::cache::{Key, Translator};
 use super::kernel::{self, Mode};
 use super::lower::lower;
-use super::plan::Shape;
+use super::plan::{self, Shape};
 use super::thunks::{self, Helpers, Thunks};
 use crate::stats::Count;
 use crate::vp::{CodeSize, SoftVp, VpBlock, attention};
@@ -137,7 +137,13 @@ unsafe extern "C" fn advance(vp: *mut SoftVp, value: u64, code: u64) -> u64 {
         {
             return host;
         }
-        let Some(block) = find(vp, t, shape) else { return 0 };
+        let Some(block) = find(vp, t, shape) else {
+            // The run loop would enter the block with groups here, whose check has just failed.
+            if vp.s.attention.load(Ordering::SeqCst) == 0 {
+                interp::one(vp);
+            }
+            return 0;
+        };
         // Translating may have asked this VP to drop its write permission for the page, which comes first.
         if vp.s.attention.load(Ordering::SeqCst) != 0 {
             return 0;
@@ -327,7 +333,13 @@ pub(super) fn find(vp: &mut SoftVp, t: &mut Translator, shape: Shape) -> Option<
     if let Some(block) = t.find(key) {
         return Some(block);
     }
-    if let Some(block) = translate(vp, t, key, [page.host, std::ptr::null()]) {
+    let mut end = [0; LONGEST as usize];
+    let left = (PAGE_SIZE - offset).min(LONGEST) as usize;
+    // SAFETY: `host` is a page that `fetch_page` found: live guest memory. It may change while it is copied; then what is
+    // guessed here is found to be wrong below.
+    unsafe { std::ptr::copy_nonoverlapping(page.host.add(offset as usize), end.as_mut_ptr(), left) };
+    let crosses = left < end.len() && plan::goes_on(&end[..left]);
+    if !crosses && let Some(block) = translate(vp, t, key, [page.host, std::ptr::null()]) {
         return Some(block);
     }
     // The instruction goes on in the next page.
