@@ -32,6 +32,8 @@ pub struct RunState {
     pub(crate) calls: u32,
     /// A panic that must not unwind through translated code.
     pub(crate) panic: Option<Box<dyn std::any::Any + Send>>,
+    /// What translated code may rely on ([`crate::translate::facts`]).
+    pub(crate) facts: Option<crate::translate::facts::Facts>,
 }
 
 /// PAUSEs of a spinning VP before it gives its host processor to another thread.

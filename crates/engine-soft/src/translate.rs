@@ -4,15 +4,18 @@ pub mod cache;
 pub mod classify;
 pub mod code_memory;
 pub mod emit;
+pub mod facts;
 pub mod flags;
 mod flow;
 pub mod jump_table;
 pub mod kernel;
+mod legacy;
 pub mod lower;
 pub mod memory;
 pub mod plan;
 pub mod raw;
 pub mod run;
+mod segmented;
 mod shadow;
 pub mod thunks;
 pub mod verify;
@@ -68,6 +71,12 @@ pub struct JitState {
     pub translator: u64,
     /// What translations rely on ([`kernel::assumed`]).
     pub assumed: u64,
+    /// What blocks of 16- or 32-bit code are made for ([`cache::Key::mode`]); 0: 64-bit code.
+    pub mode: u64,
+    /// Offsets behind the segments' last bytes, outside 64-bit mode ([`facts`]).
+    pub ends: [u64; 6],
+    /// The same for 16-bit addresses: at most 64 KiB.
+    pub ends16: [u64; 6],
     /// Not zero: each block is executed alone, and faults are not delivered ([`verify`]).
     pub verify: u64,
     /// Not zero: additions are translated as subtractions, for the test that [`verify`] sees it.
@@ -105,6 +114,9 @@ impl Default for JitState {
             vectors: [[0; 4]; 16],
             translator: 0,
             assumed: 0,
+            mode: 0,
+            ends: [0; 6],
+            ends16: [0; 6],
             verify: 0,
             sabotage: 0,
         }

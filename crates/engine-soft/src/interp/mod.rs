@@ -53,7 +53,7 @@ pub struct Insn {
 
 /// The linear address of the instruction at `rip`.
 #[inline(always)]
-fn code_linear(vp: &SoftVp) -> u64 {
+pub(crate) fn code_linear(vp: &SoftVp) -> u64 {
     let rip = vp.s.rip;
     if vp.s.code_size == CodeSize::Bits64 { rip } else { vp.s.segments[sreg::CS].base.wrapping_add(rip) & 0xffff_ffff }
 }

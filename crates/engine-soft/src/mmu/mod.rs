@@ -220,33 +220,41 @@ impl SoftVp {
 
     /// First slot of the jump table for code at the current privilege ([`crate::translate::jump_table`]).
     pub(crate) fn jump_table(&mut self) -> u64 {
-        let class = self.code_class();
-        self.mmu.set(class).jumps.base()
+        self.jumps().base()
+    }
+
+    fn jumps(&mut self) -> &mut crate::translate::jump_table::JumpTable {
+        let (class, mode) = (self.code_class(), self.s.jit.mode);
+        let set = self.mmu.set(class);
+        if mode == 0 { &mut set.jumps } else { set.offset_jumps(mode) }
     }
 
     /// The host address of the code at the VP's RIP, if it is in the jump table.
     pub(crate) fn find_jump(&mut self) -> Option<u64> {
-        let (class, rip) = (self.code_class(), self.s.rip);
-        self.mmu.set(class).jumps.get(rip)
+        let rip = self.s.rip;
+        self.jumps().get(rip)
     }
 
     /// Enters a target into the jump table. Its page must just have been fetched from. `goes_on`: the block depends on the next
     /// page's translation too.
     pub(crate) fn enter_jump(&mut self, rip: u64, host: u64, goes_on: bool) {
         let class = self.code_class();
-        let set = self.mmu.set(class);
-        let global = !goes_on && set.code_is_global(rip & !PAGE_MASK);
-        set.jumps.insert(rip, host, global);
+        let page = crate::interp::code_linear(self) & !PAGE_MASK;
+        let global = !goes_on && self.mmu.set(class).code_is_global(page);
+        self.jumps().insert(rip, host, global);
     }
 
     /// Empties all jump tables.
     pub(crate) fn flush_jumps(&mut self) {
-        self.mmu.each_set(|set| set.jumps.flush_all());
+        self.mmu.each_set(TlbSet::flush_jumps);
     }
 
     /// As [`SoftVp::flush_jumps`], and gives the tables' memory back.
     pub(crate) fn release_jumps(&mut self) {
-        self.mmu.each_set(|set| set.jumps = crate::translate::jump_table::JumpTable::new());
+        self.mmu.each_set(|set| {
+            set.jumps = crate::translate::jump_table::JumpTable::new();
+            set.offset_jumps = None;
+        });
     }
 
     /// Drops all translations.

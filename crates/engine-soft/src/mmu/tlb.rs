@@ -131,6 +131,9 @@ pub struct TlbSet {
     code_huge: Regions,
     /// Where translated code finds jump targets; flushed with the instruction side.
     pub jumps: JumpTable,
+    /// The same for 16- and 32-bit code, and the mode that it was made for ([`crate::translate::cache::Key::mode`]). Its
+    /// addresses are offsets in the code segment.
+    pub offset_jumps: Option<(Box<JumpTable>, u64)>,
 }
 
 /// A filter of region numbers: says of some that are not there that they may be, never the reverse. INVLPG of a user
@@ -182,6 +185,7 @@ impl TlbSet {
             code_large: Regions::new(),
             code_huge: Regions::new(),
             jumps: JumpTable::new(),
+            offset_jumps: None,
         }
     }
 
@@ -242,6 +246,9 @@ impl TlbSet {
         self.local.clear();
         self.code_epochs[0] += 1;
         self.jumps.flush_local();
+        if let Some((jumps, _)) = &mut self.offset_jumps {
+            jumps.flush_local();
+        }
     }
 
     /// Drops every entry.
@@ -256,7 +263,25 @@ impl TlbSet {
         self.large.clear();
         self.huge.clear();
         self.flush_code();
+        self.flush_jumps();
+    }
+
+    /// Empties the jump tables.
+    pub fn flush_jumps(&mut self) {
         self.jumps.flush_all();
+        if let Some((jumps, _)) = &mut self.offset_jumps {
+            jumps.flush_all();
+        }
+    }
+
+    /// The jump table for a mode of 16- or 32-bit code. One mode's targets are another's garbage.
+    pub fn offset_jumps(&mut self, mode: u64) -> &mut JumpTable {
+        let (jumps, of) = self.offset_jumps.get_or_insert_with(|| (Box::new(JumpTable::new()), mode));
+        if *of != mode {
+            jumps.flush_all();
+            *of = mode;
+        }
+        jumps
     }
 
     /// Drops the instruction side.
@@ -289,9 +314,13 @@ impl TlbSet {
         }
         if self.code_large.may_have(la >> LARGE_SHIFT) || self.code_huge.may_have(la >> HUGE_SHIFT) {
             self.flush_code();
-            self.jumps.flush_all();
+            self.flush_jumps();
         } else {
             self.jumps.invalidate(la);
+            if let Some((jumps, _)) = &mut self.offset_jumps {
+                // Which offsets lead to that page is known in flat segments only.
+                jumps.flush_all();
+            }
             let e = &mut self.code[(la >> 12) as usize & (CODE_SLOTS - 1)];
             if e.page == page {
                 e.epoch = 0;

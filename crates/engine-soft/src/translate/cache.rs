@@ -1,6 +1,7 @@
 //! Translated blocks: where they are, who jumps to them, and when they go.
 
 use super::code_memory::CodeMemory;
+use super::facts::Facts;
 use super::lower::{Exit, Location, Lowered, Site};
 use super::plan::Shape;
 use super::shadow::ShadowStack;
@@ -40,17 +41,21 @@ pub struct Key {
     pub next: u64,
     /// How its accesses are checked.
     pub shape: Shape,
-    /// Linear page, where that matters ([`super::verify`]); else 0.
+    /// Linear page, where that matters ([`super::verify`]); else 0. For code in a segment that is not flat: RIP of its page's
+    /// first byte, and bit 32.
     pub linear: u64,
     /// Privilege level 0 (else 3).
     pub kernel: bool,
+    /// Number of the [`Facts`] of 16- or 32-bit code; 0: 64-bit code.
+    pub mode: u16,
 }
 
 // All in one word: the lookup is on the way of every jump that the table misses.
 impl Hash for Key {
     fn hash<H: Hasher>(&self, state: &mut H) {
         let kind = u64::from(self.shape == Shape::Single) << 62 | u64::from(self.kernel) << 63;
-        state.write_u64(self.gpa ^ kind ^ self.next.rotate_left(17) ^ self.linear.rotate_left(31));
+        let mode = u64::from(self.mode) << 46;
+        state.write_u64(self.gpa ^ kind ^ mode ^ self.next.rotate_left(17) ^ self.linear.rotate_left(31));
     }
 }
 
@@ -106,6 +111,8 @@ pub struct Translator {
     sites: Vec<Site>,
     cold_sites: Vec<Site>,
     copy: PageCopy,
+    /// The facts that blocks were made for, by [`Key::mode`] less 1.
+    modes: Vec<Facts>,
     /// How much of the partition's log of changed code pages has been seen.
     pub log_seen: u64,
     /// Blocks translated, instructions in them, flushes of everything, blocks dropped because code changed.
@@ -114,6 +121,8 @@ pub struct Translator {
 
 /// Room that one block may need at most in each area.
 const BLOCK_ROOM: usize = 16 << 10;
+/// Most numbers of [`Facts`]: a guest with more keeps making new ones.
+const MODES: usize = 256;
 
 impl Translator {
     /// A translator with a code cache of `bytes`. Fails where the host gives no executable memory.
@@ -142,6 +151,7 @@ impl Translator {
             sites: Vec::new(),
             cold_sites: Vec::new(),
             copy: PageCopy { of: (u64::MAX, 0), bytes: Box::new([0; 4096 + 16]) },
+            modes: Vec::new(),
             log_seen: 0,
             stats: [0; 4],
         };
@@ -305,6 +315,24 @@ impl Translator {
                 self.patch(e.exit.patch, e.exit.stub);
             }
         }
+    }
+
+    /// The number of facts that blocks are made for. `None`: there are too many, everything is to be flushed first.
+    pub fn mode(&mut self, facts: &Facts) -> Option<u16> {
+        if let Some(at) = self.modes.iter().position(|f| f == facts) {
+            return Some(at as u16 + 1);
+        }
+        if self.modes.len() >= MODES {
+            return None;
+        }
+        self.modes.push(*facts);
+        Some(self.modes.len() as u16)
+    }
+
+    /// Makes the numbers of facts free, with everything that was made for them.
+    pub fn forget_modes(&mut self) {
+        self.flush();
+        self.modes.clear();
     }
 
     /// Drops everything. The caller flushes the jump tables.

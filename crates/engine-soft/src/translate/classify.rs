@@ -30,6 +30,8 @@ pub enum Kind {
     Jmp,
     /// Jcc rel.
     Jcc,
+    /// LOOP, LOOPE, LOOPNE, JCXZ or JECXZ in 16- or 32-bit code.
+    Loop,
     /// RET.
     Ret,
     /// JMP r/m.
@@ -167,7 +169,6 @@ pub fn is_high8(r: Register) -> bool {
 
 /// Decides about an instruction of 64-bit code.
 pub fn kind(i: &Instruction, features: &Features) -> Kind {
-    use Mnemonic as M;
     if i.is_invalid() || !features.allows(i) {
         return Kind::Stop;
     }
@@ -201,10 +202,16 @@ pub fn kind(i: &Instruction, features: &Features) -> Kind {
         }
         _ => return Kind::Stop,
     }
+    next(i, false)
+}
+
+/// An instruction that does not branch, once [`Features`] allow it. `legacy`: of 16- or 32-bit code.
+pub(super) fn next(i: &Instruction, legacy: bool) -> Kind {
+    use Mnemonic as M;
     // A memory operand next to AH..BH cannot be re-encoded: the address is in a register that needs REX.
     let memory = (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory);
     let odd = (0..i.op_count()).any(|n| match i.op_kind(n) {
-        OpKind::Register => memory && is_high8(i.op_register(n)) || i.op_register(n).is_segment_register(),
+        OpKind::Register => !legacy && memory && is_high8(i.op_register(n)) || i.op_register(n).is_segment_register(),
         OpKind::Memory => {
             i.is_vsib() || i.memory_size().size() == 0 && i.mnemonic() != M::Lea && i.mnemonic() != M::Nop
         }
@@ -230,7 +237,7 @@ pub fn kind(i: &Instruction, features: &Features) -> Kind {
         return Kind::Stop;
     }
     let moffs = i.op_code().op_kinds().contains(&OpCodeOperandKind::mem_offs);
-    if moffs {
+    if moffs && !legacy {
         return Kind::Interpret;
     }
     match i.mnemonic() {

@@ -151,6 +151,10 @@ impl Asm {
         self.b(0x8d);
         self.mem(to, base, index, scale, disp);
     }
+    /// ModRM (and displacement) of `[base + disp]` for `reg`, whose fourth bits are in a prefix already.
+    pub fn operand(&mut self, reg: u8, base: u8, disp: i32) {
+        self.mem(reg, Some(base), 4, 1, disp);
+    }
     /// `op reg, [base + disp]` (64-bit), by opcode.
     pub fn op_mem(&mut self, op: u8, reg: u8, base: u8, disp: i32) {
         self.b(Self::rex(true, reg, 0, base));

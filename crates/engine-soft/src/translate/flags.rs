@@ -24,7 +24,7 @@ pub fn effect(i: &Instruction, kind: Kind) -> Effect {
     let writes = (i.rflags_modified() & u32::from(ALL)) as u8;
     use Mnemonic as M;
     match i.mnemonic() {
-        M::Pushfq | M::Lahf => return Effect { reads: ALL, writes: 0, kills: 0 },
+        M::Pushfq | M::Pushfd | M::Pushf | M::Lahf => return Effect { reads: ALL, writes: 0, kills: 0 },
         _ => {}
     }
     if matches!(kind, Kind::Stop) {
@@ -49,9 +49,9 @@ pub struct Need {
     pub hard: u8,
 }
 
-/// Flags that the code at `bytes` may read before it overwrites them, as far as a short look tells.
-pub fn peek(bytes: &[u8]) -> u8 {
-    let mut decoder = Decoder::with_ip(64, bytes, 0, DecoderOptions::NONE);
+/// Flags that the code at `bytes` may read before it overwrites them, as far as a short look tells. `bits`: of the code.
+pub fn peek(bytes: &[u8], bits: u32) -> u8 {
+    let mut decoder = Decoder::with_ip(bits, bytes, 0, DecoderOptions::NONE);
     let (mut live, mut open) = (0, ALL);
     for _ in 0..8 {
         if !decoder.can_decode() {
@@ -78,13 +78,13 @@ mod tests {
     #[test]
     fn peeks() {
         // push rbp; mov rbp,rsp; sub rsp,16
-        assert_eq!(peek(&[0x55, 0x48, 0x89, 0xe5, 0x48, 0x83, 0xec, 0x10]), 0);
+        assert_eq!(peek(&[0x55, 0x48, 0x89, 0xe5, 0x48, 0x83, 0xec, 0x10], 64), 0);
         // setc al; test eax,eax
-        assert_eq!(peek(&[0x0f, 0x92, 0xc0, 0x85, 0xc0]), 0x10);
+        assert_eq!(peek(&[0x0f, 0x92, 0xc0, 0x85, 0xc0], 64), 0x10);
         // shl eax,cl; ret
-        assert_eq!(peek(&[0xd3, 0xe0, 0xc3]), ALL);
+        assert_eq!(peek(&[0xd3, 0xe0, 0xc3], 64), ALL);
         // inc eax; add eax,eax: CF is not overwritten by INC but by ADD
-        assert_eq!(peek(&[0xff, 0xc0, 0x01, 0xc0]), 0);
-        assert_eq!(peek(&[0xc3]), ALL);
+        assert_eq!(peek(&[0xff, 0xc0, 0x01, 0xc0], 64), 0);
+        assert_eq!(peek(&[0xc3], 64), ALL);
     }
 }

@@ -20,6 +20,9 @@ use std::mem::offset_of;
 impl Lower<'_> {
     /// A = target of an indirect branch.
     pub(super) fn branch_target(&mut self, plan: &Plan, n: usize) {
+        if self.origin.facts.is_some() {
+            return self.segmented_target(plan, n);
+        }
         let i = &plan.steps[n].i;
         if i.op0_kind() == OpKind::Register {
             let r = i.op0_register().number() as u8;
@@ -34,7 +37,7 @@ impl Lower<'_> {
     }
 
     pub(super) fn jcc(&mut self, i: &Instruction) {
-        let target = i.near_branch64();
+        let target = i.near_branch_target();
         let condition = encoded_condition(self.bytes(i));
         let backward = target <= i.ip();
         if !self.inside(target) {
@@ -42,7 +45,7 @@ impl Lower<'_> {
             self.cold.push(Cold::Table { from, target, poll: backward });
         } else if !backward {
             let from = self.hot.jcc(condition, 0);
-            self.cold.push(Cold::Exit { from, target: (target & 0xfff) as u16, shape: Shape::Grouped });
+            self.cold.push(Cold::Exit { from, target: self.origin.offset(target) as u16, shape: Shape::Grouped });
         } else {
             let over = self.hot.short(0x70 | condition ^ 1);
             self.poll(target, self.taken != 0);
@@ -52,17 +55,17 @@ impl Lower<'_> {
     }
 
     /// Jumps to a target in the page.
-    fn jump_inside(&mut self, target: u64) {
-        if target == self.rip && self.loops {
+    pub(super) fn jump_inside(&mut self, target: u64) {
+        if target == self.origin.rip && self.loops {
             self.hot.jmp(self.inner);
         } else {
             let from = self.hot.jmp(0);
-            self.cold.push(Cold::Exit { from, target: (target & 0xfff) as u16, shape: Shape::Grouped });
+            self.cold.push(Cold::Exit { from, target: self.origin.offset(target) as u16, shape: Shape::Grouped });
         }
     }
 
     /// Leaves towards `target` if somebody wants attention. `keep`: the flags.
-    fn poll(&mut self, target: u64, keep: bool) {
+    pub(super) fn poll(&mut self, target: u64, keep: bool) {
         let attention = offset_of!(VpBlock, attention);
         if keep {
             self.hot.mov(A, RCX);
@@ -97,6 +100,9 @@ impl Lower<'_> {
 
     /// Stores the return address and pushes its complement: see the module.
     fn push_return(&mut self, plan: &Plan, n: usize) {
+        if self.origin.facts.is_some() {
+            return self.push_return_segmented(plan, n);
+        }
         let Some(stack) = plan.accesses_of(n).last() else { return };
         self.addend(plan, stack.group);
         self.code_address(B, plan.steps[n].i.next_ip());
@@ -108,7 +114,7 @@ impl Lower<'_> {
 
     pub(super) fn call(&mut self, plan: &Plan, n: usize) {
         let i = &plan.steps[n].i;
-        let target = i.near_branch64();
+        let target = i.near_branch_target();
         let backward = target <= i.ip();
         if self.inside(target) {
             if backward {
@@ -118,7 +124,7 @@ impl Lower<'_> {
             self.push_return(plan, n);
             self.hot.b(0xe8);
             let from = self.hot.relative(0);
-            self.cold.push(Cold::Exit { from, target: (target & 0xfff) as u16, shape: Shape::Grouped });
+            self.cold.push(Cold::Exit { from, target: self.origin.offset(target) as u16, shape: Shape::Grouped });
         } else {
             self.push_return(plan, n);
             self.code_address(A, target);
@@ -153,6 +159,8 @@ impl Lower<'_> {
     /// Where a paired return comes to, with its target in A.
     fn returned(&mut self, next: u64) {
         let inside = self.inside(next);
+        let offset = self.origin.offset(next) as i32;
+        let wide = self.origin.facts.is_none();
         let h = &mut self.hot;
         h.mov(C, RCX);
         h.b(0x59); // pop rcx
@@ -163,10 +171,10 @@ impl Lower<'_> {
         h.close(same);
         h.mov(RCX, C);
         if inside {
-            h.lea(true, B, Some(A), 4, 1, -((next & 0xfff) as i32));
+            h.lea(wide, B, Some(A), 4, 1, -offset);
             h.store_gs(B, jit!(page));
             let from = self.hot.jmp(0);
-            self.cold.push(Cold::Exit { from, target: (next & 0xfff) as u16, shape: Shape::Grouped });
+            self.cold.push(Cold::Exit { from, target: self.origin.offset(next) as u16, shape: Shape::Grouped });
         } else {
             self.table_jump(false);
         }

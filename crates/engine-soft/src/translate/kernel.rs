@@ -9,6 +9,8 @@
 
 use super::classify::Kind;
 use super::emit::{A, Asm, B, C, RAX, RCX, SP, cc};
+use super::facts::Facts;
+use super::legacy;
 use super::lower::{Lower, gpr, host, jit};
 use crate::mmu::TlbPointers;
 use crate::mmu::tlb::{SLOTS, TlbEntry};
@@ -76,18 +78,29 @@ impl Mode {
     }
 }
 
+impl Mode {
+    /// May the code read the time-stamp counter?
+    pub fn may_read_tsc(&self) -> bool {
+        self.kernel || !self.tsd
+    }
+}
+
 /// The state that all translations rely on, in one word: when it changes, they are dropped.
 pub fn assumed(vp: &SoftVp) -> u64 {
     const CR4: u64 = cr4::TSD | cr4::FSGSBASE | cr4::SMAP | cr4::OSXSAVE | cr4::OSFXSR;
     (vp.s.cr4 & CR4) << 8 | vp.s.efer & efer::SCE | 2
 }
 
-/// Replaces the kind of a system instruction that can be lowered in line in this mode.
-pub fn refine(i: &Instruction, kind: Kind, mode: Mode, bmi2: bool) -> Kind {
+/// Replaces the kind of a system instruction that can be lowered in line in this mode. `facts`: of 16- or 32-bit code.
+pub fn refine(i: &Instruction, kind: Kind, mode: Mode, facts: Option<&Facts>, bmi2: bool) -> Kind {
     if !matches!(kind, Kind::Interpret | Kind::Stop) {
         return kind;
     }
-    match refine_system(i, kind, mode, bmi2) {
+    let refined = match facts {
+        None => refine_system(i, kind, mode, bmi2),
+        Some(facts) => legacy::refine(i, kind, &mode, facts, bmi2),
+    };
+    match refined {
         Kind::Interpret | Kind::System(System::Rdtsc | System::Rdtscp) if mode.verify => Kind::Stop,
         kind => kind,
     }
@@ -101,8 +114,8 @@ fn refine_system(i: &Instruction, kind: Kind, mode: Mode, bmi2: bool) -> Kind {
     }
     let system = match i.code() {
         Pushfq => System::Pushf,
-        Rdtsc if bmi2 && (mode.kernel || !mode.tsd) => System::Rdtsc,
-        Rdtscp if bmi2 && (mode.kernel || !mode.tsd) => System::Rdtscp,
+        Rdtsc if bmi2 && mode.may_read_tsc() => System::Rdtsc,
+        Rdtscp if bmi2 && mode.may_read_tsc() => System::Rdtscp,
         Rdfsbase_r64 if mode.fsgsbase => System::ReadBase(base(sreg::FS)),
         Rdgsbase_r64 if mode.fsgsbase => System::ReadBase(base(sreg::GS)),
         Wrfsbase_r64 if mode.fsgsbase => System::WriteBase(base(sreg::FS)),
@@ -169,8 +182,11 @@ pub fn advances(i: &Instruction) -> bool {
     use Code::*;
     match i.code() {
         Syscall | Sysretq | Iretq | Int3 | Invlpg_m | Invpcid_r64_m128 | Retfq => true,
-        Mov_cr_r64 => i.op0_register() == Register::CR3,
-        Mov_r64_cr | Mov_r64_dr => true,
+        // Of 16- and 32-bit code.
+        Sysretd | Sysenter | Sysexitd | Int_imm8 | Iretd | Iretw | Retfd | Retfw | Jmp_ptr1616 | Jmp_ptr1632
+        | Call_ptr1616 | Call_ptr1632 | Jmp_m1616 | Jmp_m1632 | Call_m1616 | Call_m1632 | Invpcid_r32_m128 => true,
+        Mov_cr_r64 | Mov_cr_r32 => i.op0_register() == Register::CR3,
+        Mov_r64_cr | Mov_r64_dr | Mov_r32_cr | Mov_r32_dr => true,
         _ => false,
     }
 }
@@ -201,7 +217,7 @@ impl Lower<'_> {
     }
 
     /// A jump that is taken if something wants attention, or an interrupt waits for the window.
-    fn anything_waits(h: &mut Asm) -> u64 {
+    pub(super) fn anything_waits(h: &mut Asm) -> u64 {
         const { assert!(offset_of!(VpBlock, window) == offset_of!(VpBlock, attention) + 4) };
         const { assert!(offset_of!(VpBlock, attention) % 8 == 0) };
         h.bs(&[0x65, 0x48, 0x83, 0x3c, 0x25]); // cmp qword gs:[attention], 0
@@ -257,6 +273,8 @@ impl Lower<'_> {
                 self.hot.store_gs(A, other);
                 self.hot.store_gs(B, base);
             }
+            System::Pushf if self.origin.facts.is_some() => self.pushf_segmented(i),
+            System::Popf if self.origin.facts.is_some() => self.popf_segmented(i),
             System::Pushf => self.pushf(),
             System::Popf => self.popf(),
             System::Rdtsc | System::Rdtscp => {
@@ -273,7 +291,11 @@ impl Lower<'_> {
                 }
             }
             System::ReadControl(offset) => {
-                self.hot.load_gs(A, usize::from(offset));
+                if self.origin.facts.is_some() {
+                    self.hot.load_gs32(A, usize::from(offset));
+                } else {
+                    self.hot.load_gs(A, usize::from(offset));
+                }
                 self.set_gpr(i.op0_register().number() as u8, A);
             }
             System::ReadBase(seg) => {
@@ -368,6 +390,10 @@ impl Lower<'_> {
             h.bs(&[0x49, 0xf7, 0xd2]); // not r10
             h.lea(true, RSI, Some(RSI), B, 1, 1);
         }
+        if self.origin.facts.is_some() {
+            // Behind the last byte of 4 GiB comes the first.
+            self.hot.bs(&[0x89, 0xf6, 0x89, 0xff]); // mov esi, esi; mov edi, edi
+        }
         self.slow.extend(slow.into_iter().map(|at| (at, keep)));
     }
 
@@ -388,7 +414,7 @@ impl Lower<'_> {
             h.bs(&[0x49, 0xc1, 0xfa, shift]); // sar r10, 6
             None
         });
-        self.hot.lea(true, A, Some(A), B, size, 0);
+        self.hot.lea(self.origin.facts.is_none(), A, Some(A), B, size, 0);
         self.check(size.into(), writes);
         match host(n) {
             Some(h) => self.hot.mov(C, h),
@@ -455,14 +481,7 @@ impl Lower<'_> {
         h.bs(&[0x4d, 0x09, 0xd9]); // or r9, r11
         h.store_gs(A, offset_of!(VpBlock, rflags));
         h.lea(true, SP, Some(SP), 4, 1, 8);
-        h.store_gs(RAX, jit!(rax));
-        h.bs(&[0x44, 0x89, 0xd0]); // mov eax, r10d
-        h.bs(&[0x41, 0xc1, 0xea, 11]); // shr r10d, 11
-        h.bs(&[0x41, 0x83, 0xe2, 1]); // and r10d, 1
-        h.bs(&[0x88, 0xc4]); // mov ah, al
-        h.bs(&[0x41, 0x80, 0xc2, 0x7f]); // add r10b, 0x7f: OF
-        h.b(0x9e); // sahf
-        h.load_gs(RAX, jit!(rax));
+        Self::flags_from_b(h);
         self.slow.push((different, false));
         self.slow.push((waits, false));
     }

@@ -11,7 +11,8 @@ use super::classify::{self, Kind, shape};
 use super::emit::{A, Asm, B, C, RAX, RCX, SP, cc};
 use super::flags::Need;
 use super::kernel;
-use super::plan::{self, Plan, Shape};
+use super::legacy;
+use super::plan::{self, Origin, Plan, Shape};
 use super::raw::{Place, Raw};
 use super::thunks::Thunks;
 use crate::features::Features;
@@ -123,8 +124,8 @@ pub(super) enum Cold {
 }
 
 pub(super) struct Lower<'a> {
-    /// RIP of the block.
-    pub(super) rip: u64,
+    /// Where the block is.
+    pub(super) origin: Origin,
     page: &'a [u8],
     /// Jumps to the block's own start stay in it.
     pub(super) loops: bool,
@@ -175,10 +176,10 @@ pub struct Location {
     pub exit: u32,
 }
 
-/// Translates the block at `rip`. `page`: the bytes of its page, and perhaps some of the next one. `None`: the instruction
+/// Translates the block at `origin`. `page`: the bytes of its page, and perhaps some of the next one. `None`: the instruction
 /// goes on in the next page, whose bytes were not given.
 pub fn lower(
-    rip: u64,
+    origin: Origin,
     page: &[u8],
     shape: Shape,
     features: &Features,
@@ -186,12 +187,16 @@ pub fn lower(
     thunks: &Thunks,
     at: Location,
 ) -> Option<Lowered> {
-    let plan = Plan::new(rip, page, shape, mode.verify, |i| {
-        kernel::refine(i, classify::kind(i, features), mode, thunks.bmi2)
+    let plan = Plan::new(&origin, page, shape, mode.verify, |i| {
+        let kind = match &origin.facts {
+            None => classify::kind(i, features),
+            Some(facts) => legacy::kind(i, features, facts),
+        };
+        kernel::refine(i, kind, mode, origin.facts.as_ref(), thunks.bmi2)
     })?;
     let first = plan.steps.first()?;
     let mut l = Lower {
-        rip,
+        origin,
         page,
         loops: shape == Shape::Grouped && !mode.verify,
         hot: Asm::new(at.hot),
@@ -211,7 +216,7 @@ pub fn lower(
         bmi2: thunks.bmi2,
     };
     let table_entry = l.hot.here();
-    l.hot.lea(true, B, Some(A), 4, 1, -((rip & 0xfff) as i32));
+    l.hot.lea(origin.facts.is_none(), B, Some(A), 4, 1, -(origin.offset(origin.rip) as i32));
     l.hot.store_gs(B, jit!(page));
     let entry = l.hot.here();
     l.ensure_vector(plan.vector);
@@ -286,29 +291,31 @@ impl Lower<'_> {
     /// chained to: only the jump table knows whether they are good.
     pub(super) fn inside(&self, target: u64) -> bool {
         let page = &self.page[..self.page.len().min(0x1000)];
-        let offset = (target & 0xfff) as usize;
+        let offset = self.origin.offset(target) as usize;
         let near_end = offset + 15 > page.len();
-        target >> 12 == self.rip >> 12 && !(near_end && plan::goes_on(page.get(offset..).unwrap_or_default()))
+        let goes_on = || plan::goes_on(page.get(offset..).unwrap_or_default(), self.origin.bits());
+        offset < 0x1000 && !(near_end && goes_on())
     }
 
     /// Loads a register with the linear address of what is at `rip` in the block's own numbering.
-    pub(super) fn address_of_code(h: &mut Asm, to: u8, block: u64, rip: u64) {
+    pub(super) fn address_of_code(h: &mut Asm, to: u8, block: &Origin, rip: u64) {
         h.load_gs(to, jit!(page));
-        let offset = rip.wrapping_sub(block & !0xfff) as i64;
-        // A displacement of 2 GiB at most: jumps and blocks reach no farther.
+        let offset = rip.wrapping_sub(block.page) as i64;
+        // A displacement of 2 GiB at most: jumps and blocks reach no farther. (Outside 64-bit mode it is modulo 4 GiB.)
         if offset != 0 {
-            h.lea(true, to, Some(to), 4, 1, offset as i32);
+            h.lea(block.facts.is_none(), to, Some(to), 4, 1, offset as i32);
         }
     }
 
     /// [`Lower::address_of_code`] in the hot code.
     pub(super) fn code_address(&mut self, to: u8, rip: u64) {
-        Self::address_of_code(&mut self.hot, to, self.rip, rip);
+        Self::address_of_code(&mut self.hot, to, &self.origin, rip);
     }
 
     fn instruction(&mut self, plan: &Plan, n: usize) {
         let (i, kind) = (&plan.steps[n].i, plan.steps[n].kind);
         match kind {
+            _ if self.origin.facts.is_some() && self.segmented(plan, n) => {}
             Kind::Nop => {}
             Kind::Plain | Kind::Vector(_) => self.native(plan, n),
             Kind::Lea => self.lea(i),
@@ -335,8 +342,10 @@ impl Lower<'_> {
                 self.hot.load_indexed(5, 5, C, 0);
             }
             Kind::Jcc => self.jcc(i),
+            // Of 16- and 32-bit code only: see [`super::segmented`].
+            Kind::Loop => {}
             Kind::Jmp => {
-                let target = i.near_branch64();
+                let target = i.near_branch_target();
                 self.direct_exit(target, target <= i.ip());
             }
             Kind::Call => self.call(plan, n),
@@ -380,7 +389,7 @@ impl Lower<'_> {
 
     /// Bytes of an instruction.
     pub(super) fn bytes(&self, i: &Instruction) -> &[u8] {
-        let at = (i.ip() & 0xfff) as usize;
+        let at = self.origin.offset(i.ip()) as usize;
         &self.page[at..at + i.len()]
     }
 
@@ -523,9 +532,9 @@ impl Lower<'_> {
     }
 
     /// Remembers that the next host instruction may raise a signal.
-    fn site(&mut self, i: &Instruction, kind: Kind) {
+    pub(super) fn site(&mut self, i: &Instruction, kind: Kind) {
         if classify::may_signal(i, kind) {
-            self.sites.push(Site { at: self.hot.here(), offset: (i.ip() & 0xfff) as u16 });
+            self.sites.push(Site { at: self.hot.here(), offset: self.origin.offset(i.ip()) as u16 });
         }
     }
 
@@ -538,7 +547,7 @@ impl Lower<'_> {
     fn lea(&mut self, i: &Instruction) {
         let to = i.op0_register().number() as u8;
         let dest = host(to).unwrap_or(A);
-        let (mut expression, displacement) = plan::expression_of(i, self.rip & !0xfff);
+        let (mut expression, displacement) = plan::expression_of(i, self.origin.page);
         expression.segment = plan::SegmentBase::Flat;
         expression.narrow |= i.op0_register().size() == 4;
         let simple = expression.direct(host).is_some();
@@ -579,7 +588,7 @@ impl Lower<'_> {
     }
 
     /// Executes an instruction in the interpreter, in line.
-    fn call_interpreter(&mut self, i: &Instruction) {
+    pub(super) fn call_interpreter(&mut self, i: &Instruction) {
         self.code_address(A, i.ip());
         self.hot.mov_imm(B, i.len() as u64);
         let light = !kernel::touches_vector(i);
@@ -611,7 +620,7 @@ impl Lower<'_> {
     /// Emits the cold parts.
     fn finish_cold(&mut self, base: u64, first_exit: u32) -> Asm {
         let mut c = Asm::new(base);
-        let block = self.rip;
+        let block = self.origin;
         let mut exits = std::mem::take(&mut self.exits);
         for cold in std::mem::take(&mut self.cold) {
             let here = c.here();
@@ -636,7 +645,7 @@ impl Lower<'_> {
                     if swapped {
                         c.mov(RCX, A);
                     }
-                    Self::address_of_code(&mut c, A, block, block);
+                    Self::address_of_code(&mut c, A, &block, block.rip);
                     c.mov_imm(C, u64::from(level));
                     c.call(self.thunks.call_vector);
                     c.jmp(resume);
@@ -647,7 +656,7 @@ impl Lower<'_> {
                 }
                 Cold::Table { from, target, poll } => {
                     self.hot.patch(from, here);
-                    Self::address_of_code(&mut c, A, block, target);
+                    Self::address_of_code(&mut c, A, &block, target);
                     if poll {
                         Self::emit_poll_table(&mut c, self.thunks);
                     }
@@ -658,7 +667,7 @@ impl Lower<'_> {
                     if swapped {
                         c.mov(RCX, A);
                     }
-                    Self::address_of_code(&mut c, A, block, target);
+                    Self::address_of_code(&mut c, A, &block, target);
                     c.jmp(self.thunks.exit_resume);
                 }
             }
@@ -685,7 +694,7 @@ impl Lower<'_> {
 
     /// Cold: the interpreter executes an instruction, and the block goes on at `resume` (0: it is left).
     pub(super) fn interpret_and_resume(&self, c: &mut Asm, rip: u64, len: u8, light: bool, resume: u64) {
-        Self::address_of_code(c, A, self.rip, rip);
+        Self::address_of_code(c, A, &self.origin, rip);
         if resume == 0 {
             c.jmp(self.thunks.exit_system);
         } else {
@@ -723,7 +732,8 @@ mod tests {
         let mut page = [0xf4; 4096];
         page[..code.len()].copy_from_slice(code);
         let at = Location { hot: 0x10_0000, cold: 0x20_0000, exit: 0 };
-        let l = lower(0x1000, &page, Shape::Grouped, &features, kernel::Mode::default(), &thunks, at).unwrap();
+        let l = lower(Origin::long(0x1000), &page, Shape::Grouped, &features, kernel::Mode::default(), &thunks, at)
+            .unwrap();
         Decoder::with_ip(64, &l.hot.bytes, 0x10_0000, DecoderOptions::NONE).iter().map(|i| i.to_string()).collect()
     }
 

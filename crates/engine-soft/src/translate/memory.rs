@@ -24,21 +24,23 @@ use x86::segment::{Segment, sreg};
 /// What is done when a check fails.
 pub(super) struct Miss {
     /// Displacement of the jump to here.
-    from: u64,
+    pub(super) from: u64,
+    /// That of the jump here because the segment ends before: nothing can be filled.
+    pub(super) outside: Option<u64>,
     /// Behind the computation of the address, which is in A.
-    retry: u64,
+    pub(super) retry: u64,
     /// Where C holds the addend.
-    found: u64,
+    pub(super) found: u64,
     /// The address must be computed again: it was destroyed.
-    address: Option<(Expression, i64)>,
+    pub(super) address: Option<(Expression, i64)>,
     /// Bytes covered.
-    span: u32,
+    pub(super) span: u32,
     /// Is it a check for writing?
-    write: bool,
+    pub(super) write: bool,
     /// The flags are in RAX.
-    keep: bool,
+    pub(super) keep: bool,
     /// What follows if nothing can be filled.
-    then: Then,
+    pub(super) then: Then,
 }
 
 /// What came of an attempt to make an access possible.
@@ -56,7 +58,7 @@ pub enum Filled {
     Copy = 3,
 }
 
-enum Then {
+pub(super) enum Then {
     /// The interpreter executes this instruction, and the block goes on at `resume` (0: it is left). `body`: its code behind the
     /// check, as offsets in the hot code, if that may be executed on a copy of the operand.
     Interpret { rip: u64, len: u8, light: bool, resume: u64, body: Option<(usize, usize)> },
@@ -109,7 +111,8 @@ impl Lower<'_> {
             }
         }
         let seg = match e.segment {
-            SegmentBase::Flat => return,
+            // (A segment with a limit is not of 64-bit code: see [`super::segmented`].)
+            SegmentBase::Flat | SegmentBase::Limited(_) => return,
             SegmentBase::Fs => sreg::FS,
             SegmentBase::Gs => sreg::GS,
         };
@@ -125,12 +128,18 @@ impl Lower<'_> {
 
     /// Loads A with the linear address of the memory operand. For system instructions.
     pub(super) fn address(&mut self, i: &Instruction) {
-        let (expression, displacement) = plan::expression_of(i, self.rip & !0xfff);
+        if self.origin.facts.is_some() {
+            return self.flat_address(i);
+        }
+        let (expression, displacement) = plan::expression_of(i, self.origin.page);
         self.linear(A, &expression, displacement);
     }
 
     /// The check of a group, before instruction `at`.
     pub(super) fn check_group(&mut self, plan: &Plan, number: usize, at: &Instruction) {
+        if self.origin.facts.is_some() {
+            return self.check_segmented(plan, number, at);
+        }
         let g = &plan.groups[number];
         let keep = self.before_clobber();
         self.linear(A, &g.expression, g.low);
@@ -167,10 +176,11 @@ impl Lower<'_> {
                 body: plain.then_some(body),
             }
         } else {
-            Then::Single((at.ip() & 0xfff) as u16)
+            Then::Single(self.origin.offset(at.ip()) as u16)
         };
         let miss = Miss {
             from,
+            outside: None,
             retry,
             found,
             address: (!preserve).then_some((g.expression, g.low)),
@@ -200,7 +210,7 @@ impl Lower<'_> {
 
     /// Compares the address in A with the tag of its slot, whose address is then in B. Gives the displacement of the jump
     /// that is taken on a miss. Destroys A, or C if A is to be preserved.
-    fn compare(&mut self, span: i64, write: bool, preserve: bool) -> u64 {
+    pub(super) fn compare(&mut self, span: i64, write: bool, preserve: bool) -> u64 {
         let h = &mut self.hot;
         if self.bmi2 {
             h.rorx(B, A, 7);
@@ -262,6 +272,9 @@ impl Lower<'_> {
         if let Some(at) = crosses {
             let here = c.here();
             c.patch(at, here);
+        }
+        if let Some(at) = miss.outside {
+            self.hot.patch(at, c.here());
         }
         if miss.keep {
             Self::restore_flags(c);
@@ -338,6 +351,7 @@ impl Lower<'_> {
         match place {
             Place::Indexed(base, index, displacement) => self.hot.load_indexed(to, base, index, displacement),
             Place::Memory(base) => self.hot.load(to, base, 0),
+            Place::Based(base, displacement) => self.hot.load(to, base, displacement),
             Place::Register(_) => unreachable!("an access is a place in guest memory"),
         }
     }
@@ -366,6 +380,6 @@ impl Lower<'_> {
 }
 
 /// Offset of a segment's base in the VP block.
-fn segment_base(seg: usize) -> usize {
+pub(super) fn segment_base(seg: usize) -> usize {
     offset_of!(VpBlock, segments) + size_of::<Segment>() * seg + offset_of!(Segment, base)
 }

@@ -10,8 +10,10 @@
 //! has its own; so nothing that a group's check is stricter about (page ends, write permission for a read) can be seen.
 
 use super::classify::{self, Kind};
+use super::facts::Facts;
 use super::flags::{self, Need};
 use super::kernel::System;
+use super::legacy;
 use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, Mnemonic, OpKind, Register};
 
 /// Most instructions of a block.
@@ -41,7 +43,7 @@ pub enum Base {
     Register(u8),
 }
 
-/// FS or GS.
+/// Where an address's segment begins.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum SegmentBase {
     /// A segment with base 0.
@@ -50,6 +52,8 @@ pub enum SegmentBase {
     Fs,
     /// GS.
     Gs,
+    /// Outside 64-bit mode: a segment, by number, whose base is added and whose limit is checked.
+    Limited(u8),
 }
 
 /// An address without its constant part.
@@ -61,13 +65,16 @@ pub struct Expression {
     pub index: Option<(u8, u8)>,
     /// Segment.
     pub segment: SegmentBase,
-    /// 32-bit address size.
+    /// 32-bit address size, or 16 bits.
     pub narrow: bool,
+    /// 16-bit address size.
+    pub word: bool,
 }
 
 impl Expression {
     /// Of a stack access.
-    pub const STACK: Self = Self { base: Base::Register(4), index: None, segment: SegmentBase::Flat, narrow: false };
+    pub const STACK: Self =
+        Self { base: Base::Register(4), index: None, segment: SegmentBase::Flat, narrow: false, word: false };
 
     /// Is it the same sum, whatever the registers are that hold its parts?
     fn alike(&self, other: &Self) -> bool {
@@ -78,7 +85,7 @@ impl Expression {
         };
         kind(self.base) == kind(other.base)
             && self.index.map(|x| x.1) == other.index.map(|x| x.1)
-            && (self.segment, self.narrow) == (other.segment, other.narrow)
+            && (self.segment, self.narrow, self.word) == (other.segment, other.narrow, other.word)
     }
 
     /// Can the address be written as `[host register + displacement]`, given which guest registers live in host ones?
@@ -87,6 +94,35 @@ impl Expression {
             (Base::Register(r), None, SegmentBase::Flat, false) => host(r),
             _ => None,
         }
+    }
+}
+
+/// Where a block is, and for what code it is made.
+#[derive(Clone, Copy, Debug)]
+pub struct Origin {
+    /// RIP of its first instruction.
+    pub rip: u64,
+    /// RIP of the first byte of its linear page. Outside 64-bit mode it is not always the start of a page itself.
+    pub page: u64,
+    /// 16- or 32-bit code.
+    pub facts: Option<Facts>,
+}
+
+impl Origin {
+    /// 64-bit code.
+    pub const fn long(rip: u64) -> Self {
+        Self { rip, page: rip & !0xfff, facts: None }
+    }
+
+    /// Place of an address in the block's page, or 4096 and more.
+    pub fn offset(&self, rip: u64) -> u64 {
+        let offset = rip.wrapping_sub(self.page);
+        if self.facts.is_some() { offset & 0xffff_ffff } else { offset }
+    }
+
+    /// For the decoder.
+    pub fn bits(&self) -> u32 {
+        self.facts.map_or(64, |f| f.bits())
     }
 }
 
@@ -175,36 +211,42 @@ pub struct Plan {
 
 /// Values of the general registers as far as constants are concerned.
 #[derive(Clone, Copy, Default)]
-struct Value {
-    version: u32,
-    delta: i64,
+pub(super) struct Value {
+    pub(super) version: u32,
+    pub(super) delta: i64,
 }
 
-/// Registers as they are before an instruction.
-type Values = [Value; 16];
+/// Registers as they are before an instruction. Outside 64-bit mode the second half are the low 16 bits of the first.
+pub(super) type Values = [Value; 16];
 
 /// Number of a general register of any size.
-fn number(r: Register) -> u8 {
+pub(super) fn number(r: Register) -> u8 {
     r.full_register().number() as u8
 }
 
 impl Plan {
-    /// Analyses the block that starts at `rip`. `page`: the bytes of its page, perhaps with some of the next one: then an
+    /// Analyses a block. `page`: the bytes of its page, perhaps with some of the next one: then an
     /// instruction that goes on there is a block of its own. `kind` decides about an instruction. `None`: the first
     /// instruction goes on in the next page, whose bytes were not given.
-    pub fn new(rip: u64, page: &[u8], shape: Shape, verify: bool, kind: impl Fn(&Instruction) -> Kind) -> Option<Self> {
+    pub fn new(
+        origin: &Origin,
+        page: &[u8],
+        shape: Shape,
+        verify: bool,
+        kind: impl Fn(&Instruction) -> Kind,
+    ) -> Option<Self> {
         let mut limit = MAX_INSTRUCTIONS;
         loop {
             let mut plan = Plan::default();
-            plan.decode(rip, page, limit, &kind);
+            plan.decode(origin, page, limit, &kind);
             let last = plan.steps.last_mut()?;
             if last.kind == Kind::System(System::Sti) {
                 // The instruction behind STI belongs to it: an interrupt must not come between.
                 last.kind = if verify { Kind::Stop } else { Kind::Interpret };
                 plan.ended |= verify;
             }
-            plan.flags(rip >> 12, page);
-            plan.group(rip, shape, verify);
+            plan.flags(origin, page);
+            plan.group(origin, shape, verify);
             if plan.assign_slots() {
                 return Some(plan);
             }
@@ -213,9 +255,11 @@ impl Plan {
         }
     }
 
-    fn decode(&mut self, rip: u64, page: &[u8], limit: usize, kind: impl Fn(&Instruction) -> Kind) {
-        let code = &page[(rip & 0xfff) as usize..];
-        let mut decoder = Decoder::with_ip(64, code, rip, DecoderOptions::NONE);
+    fn decode(&mut self, origin: &Origin, page: &[u8], limit: usize, kind: impl Fn(&Instruction) -> Kind) {
+        let rip = origin.rip;
+        let code = &page[origin.offset(rip) as usize..];
+        let mut decoder = Decoder::with_ip(origin.bits(), code, rip, DecoderOptions::NONE);
+        let ends_in = |i: &Instruction| origin.offset(i.ip()) as usize + i.len();
         let step = |i, kind| Step { i, kind, need: Need::default(), taken: 0, access: 0 };
         while decoder.can_decode() && self.steps.len() < limit {
             let i = decoder.decode();
@@ -223,7 +267,7 @@ impl Plan {
                 self.at_crossing = decoder.last_error() == DecoderError::NoMoreBytes;
                 break;
             }
-            if (i.ip() & 0xfff) as usize + i.len() > 0x1000 && !self.steps.is_empty() {
+            if ends_in(&i) > 0x1000 && !self.steps.is_empty() {
                 self.at_crossing = true;
                 break;
             }
@@ -232,7 +276,7 @@ impl Plan {
                 self.vector = self.vector.max(1 + u8::from(avx));
             }
             self.steps.push(step(i, kind));
-            if (i.ip() & 0xfff) as usize + i.len() > 0x1000 {
+            if ends_in(&i) > 0x1000 {
                 // Alone: what follows belongs to the next page's blocks.
                 self.ended = self.ended || is_end(kind);
                 break;
@@ -254,37 +298,34 @@ impl Plan {
 
     /// Liveness of the flags, backwards. What lies outside the page is not looked at: its contents may differ from one
     /// address space to another, and change without this page's changing.
-    fn flags(&mut self, linear_page: u64, page: &[u8]) {
+    fn flags(&mut self, origin: &Origin, page: &[u8]) {
         let page = &page[..page.len().min(0x1000)];
         let at_crossing = self.at_crossing;
         let of = |target: u64| {
-            if target >> 12 == linear_page && (target & 0xfff) < page.len() as u64 {
-                flags::peek(&page[(target & 0xfff) as usize..])
-            } else {
-                flags::ALL
-            }
+            let offset = origin.offset(target);
+            if offset < page.len() as u64 { flags::peek(&page[offset as usize..], origin.bits()) } else { flags::ALL }
         };
         let Some(last) = self.steps.last() else { return };
         let mut need = match last.kind {
             _ if !self.ended && at_crossing => flags::ALL,
             _ if !self.ended => of(last.i.next_ip()),
-            Kind::Jmp | Kind::Call => of(last.i.near_branch64()),
+            Kind::Jmp | Kind::Call => of(last.i.near_branch_target()),
             _ => flags::ALL,
         };
         self.need_after = Need { hard: need };
         for step in self.steps.iter_mut().rev() {
             let effect = flags::effect(&step.i, step.kind);
             need = need & !effect.kills | effect.reads;
-            if step.kind == Kind::Jcc {
-                step.taken = of(step.i.near_branch64());
+            if matches!(step.kind, Kind::Jcc | Kind::Loop) {
+                step.taken = of(step.i.near_branch_target());
                 need |= step.taken;
             }
             step.need = Need { hard: need };
         }
     }
 
-    fn group(&mut self, rip: u64, shape: Shape, verify: bool) {
-        let linear_page = rip & !0xfff;
+    fn group(&mut self, origin: &Origin, shape: Shape, verify: bool) {
+        let rip = origin.rip;
         let mut values: Values = std::array::from_fn(|r| Value { version: r as u32, delta: 0 });
         let mut before: Vec<Values> = Vec::with_capacity(self.steps.len());
         // Groups that may take more accesses, with the values of their registers' versions.
@@ -297,13 +338,17 @@ impl Plan {
             let Step { i, kind, .. } = self.steps[n];
             self.steps[n].access = self.accesses.len();
             let first = self.accesses.len();
-            accesses_of(&i, kind, linear_page, |access| self.accesses.push(access));
+            match &origin.facts {
+                None => accesses_of(&i, kind, origin.page, |access| self.accesses.push(access)),
+                Some(facts) => legacy::accesses_of(&i, kind, facts, |access| self.accesses.push(access)),
+            }
             for a in first..self.accesses.len() {
                 let access = self.accesses[a];
                 // PUSH [RSP + x] and the like compute their addresses before RSP changes; all accesses of an instruction do.
                 let (versions, constant) = constants(&values, &access.expression);
                 let relative = access.displacement.wrapping_add(constant);
-                let groupable = shape == Shape::Grouped && !access.expression.narrow && relative.abs() < 1 << 28;
+                let plain = !access.expression.narrow || origin.facts.is_some();
+                let groupable = shape == Shape::Grouped && plain && relative.abs() < 1 << 28;
                 let found = open.iter().position(|(g, v)| {
                     groupable && *v == versions && self.groups[*g].expression.alike(&access.expression) && {
                         let g = &self.groups[*g];
@@ -353,6 +398,8 @@ impl Plan {
                     *v = Value { version: next_version, delta: 0 };
                     next_version += 1;
                 }
+            } else if let Some(facts) = &origin.facts {
+                legacy::step_values(&i, kind, facts, &mut values, &mut next_version);
             } else {
                 step_values(&i, kind, &mut values, &mut next_version);
             }
@@ -386,7 +433,10 @@ impl Plan {
 
     /// Does the block end with a jump to its own start?
     fn is_loop(&self, rip: u64) -> bool {
-        self.steps.last().is_some_and(|s| matches!(s.kind, Kind::Jcc | Kind::Jmp) && s.i.near_branch64() == rip)
+        let jumps = |s: &Step| matches!(s.kind, Kind::Jcc | Kind::Jmp | Kind::Loop) && s.i.near_branch_target() == rip;
+        // A LOOP changes its register before it jumps: only as the last instruction are the values behind it known.
+        let early = self.steps.iter().rev().skip(1).any(|s| s.kind == Kind::Loop && jumps(s));
+        !early && self.steps.last().is_some_and(jumps)
     }
 
     /// Groups whose registers the block leaves as they were move to its entry. Nothing in such a block can end what a check
@@ -400,7 +450,7 @@ impl Plan {
             }
             // Other jumps to the start must find the same.
             let jumps =
-                self.steps.iter().zip(before).filter(|(s, _)| s.kind == Kind::Jcc && s.i.near_branch64() == rip);
+                self.steps.iter().zip(before).filter(|(s, _)| s.kind == Kind::Jcc && s.i.near_branch_target() == rip);
             if jumps.into_iter().any(|(_, values)| whole(values) != start) {
                 continue;
             }
@@ -474,9 +524,9 @@ impl Plan {
     }
 }
 
-/// Does the instruction at `bytes` go on behind them?
-pub fn goes_on(bytes: &[u8]) -> bool {
-    let mut decoder = Decoder::with_ip(64, bytes, 0, DecoderOptions::NONE);
+/// Does the instruction at `bytes` go on behind them? `bits`: of the code.
+pub fn goes_on(bytes: &[u8], bits: u32) -> bool {
+    let mut decoder = Decoder::with_ip(bits, bytes, 0, DecoderOptions::NONE);
     decoder.decode().is_invalid() && decoder.last_error() == DecoderError::NoMoreBytes
 }
 
@@ -502,13 +552,14 @@ fn is_barrier(kind: Kind) -> bool {
 /// Versions of an expression's registers, and the constant that they have gained since those versions began.
 fn constants(values: &Values, e: &Expression) -> ([u32; 2], i64) {
     let (mut versions, mut constant) = ([0; 2], 0i64);
+    let half = if e.word { 8 } else { 0 };
     if let Base::Register(r) = e.base {
-        let v = values[usize::from(r)];
+        let v = values[usize::from(r) + half];
         versions[0] = v.version;
         constant = v.delta;
     }
     if let Some((r, scale)) = e.index {
-        let v = values[usize::from(r)];
+        let v = values[usize::from(r) + half];
         versions[1] = v.version;
         constant = constant.wrapping_add(v.delta.wrapping_mul(i64::from(scale)));
     }
@@ -571,12 +622,12 @@ pub fn expression_of(i: &Instruction, linear_page: u64) -> (Expression, i64) {
         _ => SegmentBase::Flat,
     };
     if base == Register::RIP {
-        let e = Expression { base: Base::Page, index: None, segment, narrow: false };
+        let e = Expression { base: Base::Page, index: None, segment, narrow: false, word: false };
         return (e, displacement.wrapping_sub(linear_page) as i64);
     }
     if base == Register::EIP {
         // The offset is truncated to 32 bits: only the page's own address says to what.
-        let e = Expression { base: Base::Page, index: None, segment, narrow: true };
+        let e = Expression { base: Base::Page, index: None, segment, narrow: true, word: false };
         return (e, displacement.wrapping_sub(linear_page) as i64);
     }
     let index = (index != Register::None).then(|| (number(index), i.memory_index_scale() as u8));
@@ -586,7 +637,7 @@ pub fn expression_of(i: &Instruction, linear_page: u64) -> (Expression, i64) {
         (b, _) => b.size() == 4,
     };
     let base = if base == Register::None { Base::Zero } else { Base::Register(number(base)) };
-    let e = Expression { base, index, segment, narrow };
+    let e = Expression { base, index, segment, narrow, word: false };
     (e, if narrow { i64::from(displacement as i32) } else { displacement as i64 })
 }
 
@@ -695,7 +746,7 @@ mod tests {
         let mut page = [0xf4u8; 4096];
         page[..code.len()].copy_from_slice(code);
         let features = features();
-        Plan::new(0x7000, &page, shape, false, |i| classify::kind(i, &features)).unwrap_or_default()
+        Plan::new(&Origin::long(0x7000), &page, shape, false, |i| classify::kind(i, &features)).unwrap_or_default()
     }
 
     fn plan(code: &[u8]) -> Plan {

@@ -9,9 +9,11 @@ pub enum Place {
     Memory(u8),
     /// `[base + index + disp]`, both host registers.
     Indexed(u8, u8, i32),
+    /// `[base + disp]`; the register's number must not be 4 modulo 8.
+    Based(u8, i32),
 }
 
-/// An instruction in 64-bit mode, taken apart.
+/// An instruction, taken apart.
 #[derive(Clone, Copy, Debug)]
 pub struct Raw {
     /// 0x66 prefix (legacy encodings).
@@ -40,6 +42,15 @@ impl Raw {
     /// Takes an instruction apart. `imm_len` and `has_modrm` follow from the decoder's knowledge: `modrm` says whether
     /// the opcode has one. `None` for encodings that are not handled here (EVEX, XOP, 3DNow).
     pub fn parse(bytes: &[u8], modrm: bool) -> Option<Self> {
+        Self::parse_mode(bytes, modrm, None)
+    }
+
+    /// As [`Raw::parse`], of 32-bit (`big`) or 16-bit code. Operand-size prefixes are as they were there.
+    pub fn parse_legacy(bytes: &[u8], modrm: bool, big: bool) -> Option<Self> {
+        Self::parse_mode(bytes, modrm, Some(big))
+    }
+
+    fn parse_mode(bytes: &[u8], modrm: bool, legacy: Option<bool>) -> Option<Self> {
         let mut r = Raw {
             p66: false,
             rep: 0,
@@ -53,7 +64,7 @@ impl Raw {
             imm_len: 0,
         };
         let mut at = 0;
-        let mut address32 = false;
+        let mut address = false;
         loop {
             let b = *bytes.get(at)?;
             match b {
@@ -61,8 +72,8 @@ impl Raw {
                 0xf2 | 0xf3 => r.rep = b,
                 0xf0 => r.lock = true,
                 0x26 | 0x2e | 0x36 | 0x3e | 0x64 | 0x65 => {}
-                0x67 => address32 = true,
-                0x40..=0x4f => {
+                0x67 => address = true,
+                0x40..=0x4f if legacy.is_none() => {
                     r.rex = b;
                     at += 1;
                     // A prefix behind REX annuls it.
@@ -79,7 +90,7 @@ impl Raw {
             }
             at += 1;
         }
-        let _ = address32;
+        let word = legacy.is_some_and(|big| big == address);
         let b = *bytes.get(at)?;
         at += 1;
         match b {
@@ -130,7 +141,14 @@ impl Raw {
                     1 => 1,
                     _ => 4,
                 };
-                if m & 7 == 4 {
+                if word {
+                    displacement = match mode {
+                        0 if m & 7 == 6 => 2,
+                        0 => 0,
+                        1 => 1,
+                        _ => 2,
+                    };
+                } else if m & 7 == 4 {
                     let sib = *bytes.get(at)?;
                     at += 1;
                     if mode == 0 && sib & 7 == 5 {
@@ -219,6 +237,18 @@ impl Raw {
                     debug_assert!(n & 7 != 4 && n & 7 != 5);
                     push(&[reg | n & 7]);
                     rex |= n >> 3 & 1;
+                }
+                Place::Based(base, disp) => {
+                    debug_assert!(base & 7 != 4);
+                    rex |= base >> 3 & 1;
+                    if disp == 0 && base & 7 != 5 {
+                        push(&[reg | base & 7]);
+                    } else if let Ok(d) = i8::try_from(disp) {
+                        push(&[0x40 | reg | base & 7, d as u8]);
+                    } else {
+                        push(&[0x80 | reg | base & 7]);
+                        push(&disp.to_le_bytes());
+                    }
                 }
                 Place::Indexed(base, index, disp) => {
                     rex |= base >> 3 & 1 | (index >> 3 & 1) << 1;

@@ -3,7 +3,7 @@
 use super::cache::{Key, Translator};
 use super::kernel::{self, Mode};
 use super::lower::lower;
-use super::plan::{self, Shape};
+use super::plan::{self, Origin, Shape};
 use super::thunks::{self, Helpers, Thunks};
 use crate::stats::Count;
 use crate::vp::{CodeSize, SoftVp, VpBlock, attention};
@@ -28,7 +28,7 @@ unsafe extern "C" fn interpret(vp: *mut SoftVp, len: u64) -> u64 {
     let vp = unsafe { &mut *vp };
     vp.counts.add(Count::Interpreted, 1);
     guarded(vp, |vp| {
-        let (expected, cpl) = (vp.s.rip.wrapping_add(len), vp.s.cpl);
+        let (expected, cpl) = (wrap(vp, vp.s.rip.wrapping_add(len)), vp.s.cpl);
         if vp.s.jit.verify != 0 {
             vp.verify.fault = interp::quiet(vp).err();
             return u64::from(vp.verify.fault.is_none() && vp.s.rip == expected);
@@ -39,7 +39,8 @@ unsafe extern "C" fn interpret(vp: *mut SoftVp, len: u64) -> u64 {
             && translates(vp)
             && vp.s.attention.load(Ordering::Relaxed) == 0
             && vp.activity == Activity::Running
-            && vp.s.tlb.code_epoch == vp.s.jit.shadow_epoch;
+            && vp.s.tlb.code_epoch == vp.s.jit.shadow_epoch
+            && same_facts(vp);
         u64::from(go_on)
     })
 }
@@ -64,8 +65,44 @@ unsafe extern "C" fn put_back(vp: *mut SoftVp) {
     });
 }
 
+/// An address of code, as wide as the mode of the code that is executed has it.
+fn wrap(vp: &SoftVp, rip: u64) -> u64 {
+    if vp.s.jit.mode == 0 { rip } else { rip & 0xffff_ffff }
+}
+
+/// Does what blocks of 16- or 32-bit code rely on still hold, behind an instruction that the interpreter has executed?
+fn same_facts(vp: &mut SoftVp) -> bool {
+    if vp.s.jit.mode == 0 && vp.s.code_size == CodeSize::Bits64 || vp.sync_facts() {
+        return true;
+    }
+    // [`sync_mode`] finds out what they are called.
+    (vp.s.jit.mode, vp.s.jit.shadow_epoch) = (0, 0);
+    false
+}
+
+/// Finds out what translated code may rely on now.
+pub(super) fn sync_mode(vp: &mut SoftVp, t: &mut Translator) {
+    if vp.s.jit.mode == 0 && vp.s.code_size == CodeSize::Bits64 {
+        return;
+    }
+    let same = vp.sync_facts();
+    let number = match vp.run.facts {
+        None => 0,
+        Some(_) if same && vp.s.jit.mode != 0 => return,
+        Some(facts) => t.mode(&facts).unwrap_or_else(|| {
+            t.forget_modes();
+            vp.flush_jumps();
+            t.mode(&facts).unwrap_or(1)
+        }),
+    };
+    vp.s.jit.mode = number.into();
+    // Return addresses were those of other code.
+    vp.s.jit.shadow_epoch = 0;
+}
+
 /// What translated code relies on of the address space in use.
-fn prepare(vp: &mut SoftVp, t: &Translator) {
+fn prepare(vp: &mut SoftVp, t: &mut Translator) {
+    sync_mode(vp, t);
     vp.s.jit.jump_table = vp.jump_table();
     sync_shadow(vp, t);
 }
@@ -105,7 +142,7 @@ unsafe extern "C" fn advance(vp: *mut SoftVp, value: u64, code: u64) -> u64 {
             match code {
                 thunks::code::DIRECT => {
                     let Some((target, wanted)) = t.exit_target(value) else { return 0 };
-                    vp.s.rip = vp.s.jit.page | u64::from(target);
+                    vp.s.rip = wrap(vp, vp.s.jit.page.wrapping_add(target.into()));
                     vp.verify.single = wanted == Shape::Single;
                 }
                 thunks::code::INTERPRET | thunks::code::TABLE => vp.s.rip = value,
@@ -117,7 +154,7 @@ unsafe extern "C" fn advance(vp: *mut SoftVp, value: u64, code: u64) -> u64 {
         match code {
             thunks::code::DIRECT => {
                 let Some((target, wanted)) = t.exit_target(value) else { return 0 };
-                vp.s.rip = vp.s.jit.page | u64::from(target);
+                vp.s.rip = wrap(vp, vp.s.jit.page.wrapping_add(target.into()));
                 shape = wanted;
                 exit = Some(value);
             }
@@ -162,7 +199,7 @@ unsafe extern "C" fn advance(vp: *mut SoftVp, value: u64, code: u64) -> u64 {
 /// Is what comes next code that is translated? Privilege levels 1 and 2 are not: nobody uses them, and so blocks of
 /// supervisor code may rely on level 0.
 fn translates(vp: &SoftVp) -> bool {
-    vp.s.code_size == CodeSize::Bits64 && matches!(vp.s.cpl, 0 | 3) && kernel::assumed(vp) == vp.s.jit.assumed
+    matches!(vp.s.cpl, 0 | 3) && kernel::assumed(vp) == vp.s.jit.assumed
 }
 
 /// One call in this many is timed.
@@ -249,17 +286,12 @@ fn run_with(vp: &mut SoftVp, t: &mut Translator) {
         if bits & !attention::CODE != 0 || vp.activity != Activity::Running {
             return;
         }
-        if vp.s.code_size != CodeSize::Bits64 {
-            interp::run_until(vp, true);
-            // The interpreter may have seen and cleared the note that code has changed.
-            drop_changed(vp, t);
-            continue;
-        }
         let assumed = kernel::assumed(vp);
         if assumed != vp.s.jit.assumed {
             vp.s.jit.assumed = assumed;
             flush(vp, t);
         }
+        sync_mode(vp, t);
         let block = if translates(vp) { find(vp, t, Shape::Grouped) } else { None };
         let Some(block) = block else {
             interp::one(vp);
@@ -292,7 +324,7 @@ fn run_with(vp: &mut SoftVp, t: &mut Translator) {
 pub(super) fn execute(vp: &mut SoftVp, t: &mut Translator, entry: u64) -> (u64, u64) {
     prepare(vp, t);
     vp.s.jit.shadow_top = t.shadow.top();
-    vp.s.jit.page = vp.s.rip & !(PAGE_SIZE - 1);
+    vp.s.jit.page = vp.code_page();
     let Thunks { enter, fsgsbase, .. } = t.thunks;
     let translator: *mut Translator = t;
     vp.s.jit.translator = translator as u64;
@@ -322,14 +354,26 @@ pub(super) fn execute(vp: &mut SoftVp, t: &mut Translator, entry: u64) -> (u64, 
 /// The block at the VP's RIP, translated if need be. `None`: not from plain memory, or the fetch faults.
 pub(super) fn find(vp: &mut SoftVp, t: &mut Translator, shape: Shape) -> Option<u32> {
     let rip = vp.s.rip;
-    let page = vp.fetch_page(rip).ok()?;
+    let facts = vp.run.facts.filter(|_| vp.s.jit.mode != 0);
+    if facts.is_some_and(|f| rip > f.code_limit.into()) {
+        return None;
+    }
+    let la = interp::code_linear(vp);
+    let page = vp.fetch_page(la).ok()?;
     if page.host.is_null() {
         return None;
     }
-    let offset = rip & (PAGE_SIZE - 1);
-    // Translations do not depend on their address, but their comparison with the interpreter does.
-    let linear = if vp.s.jit.verify != 0 { rip & !(PAGE_SIZE - 1) } else { 0 };
-    let mut key = Key { gpa: page.gpa | offset, next: 0, shape, kernel: vp.s.cpl == 0, linear };
+    let offset = la & (PAGE_SIZE - 1);
+    let origin = Origin { rip, page: vp.code_page(), facts };
+    // Translations do not depend on their address, but their comparison with the interpreter does, and those of code in a
+    // segment that is not flat do.
+    let linear = match facts {
+        Some(f) if vp.s.jit.verify != 0 || !f.code_is_flat() => origin.page | 1 << 32,
+        None if vp.s.jit.verify != 0 => origin.page,
+        _ => 0,
+    };
+    let mode = vp.s.jit.mode as u16;
+    let mut key = Key { gpa: page.gpa | offset, next: 0, shape, kernel: vp.s.cpl == 0, linear, mode };
     if let Some(block) = t.find(key) {
         return Some(block);
     }
@@ -338,12 +382,13 @@ pub(super) fn find(vp: &mut SoftVp, t: &mut Translator, shape: Shape) -> Option<
     // SAFETY: `host` is a page that `fetch_page` found: live guest memory. It may change while it is copied; then what is
     // guessed here is found to be wrong below.
     unsafe { std::ptr::copy_nonoverlapping(page.host.add(offset as usize), end.as_mut_ptr(), left) };
-    let crosses = left < end.len() && plan::goes_on(&end[..left]);
-    if !crosses && let Some(block) = translate(vp, t, key, [page.host, std::ptr::null()]) {
+    let crosses = left < end.len() && plan::goes_on(&end[..left], origin.bits());
+    if !crosses && let Some(block) = translate(vp, t, key, origin, [page.host, std::ptr::null()]) {
         return Some(block);
     }
     // The instruction goes on in the next page.
-    let next = vp.fetch_page((rip | (PAGE_SIZE - 1)).wrapping_add(1)).ok()?;
+    let next = (la | (PAGE_SIZE - 1)).wrapping_add(1);
+    let next = vp.fetch_page(if facts.is_some() { next & 0xffff_ffff } else { next }).ok()?;
     if next.host.is_null() || next.gpa == 0 || offset + LONGEST <= PAGE_SIZE {
         return None;
     }
@@ -351,21 +396,21 @@ pub(super) fn find(vp: &mut SoftVp, t: &mut Translator, shape: Shape) -> Option<
     if let Some(block) = t.find(key) {
         return Some(block);
     }
-    translate(vp, t, key, [page.host, next.host])
+    translate(vp, t, key, origin, [page.host, next.host])
 }
 
 /// Bytes of the longest instruction.
 const LONGEST: u64 = 15;
 
 /// Translates a block from its page, and the one that it goes on in.
-fn translate(vp: &mut SoftVp, t: &mut Translator, key: Key, hosts: [*const u8; 2]) -> Option<u32> {
+fn translate(vp: &mut SoftVp, t: &mut Translator, key: Key, origin: Origin, hosts: [*const u8; 2]) -> Option<u32> {
     let begun = host_tsc();
-    let block = make(vp, t, key, hosts);
+    let block = make(vp, t, key, origin, hosts);
     vp.counts.add(Count::TranslateTicks, host_tsc().wrapping_sub(begun));
     block
 }
 
-fn make(vp: &mut SoftVp, t: &mut Translator, key: Key, hosts: [*const u8; 2]) -> Option<u32> {
+fn make(vp: &mut SoftVp, t: &mut Translator, key: Key, origin: Origin, hosts: [*const u8; 2]) -> Option<u32> {
     let mut generations = [0; 2];
     let mut len = 0;
     for (n, host) in hosts.into_iter().enumerate().filter(|(_, host)| !host.is_null()) {
@@ -399,7 +444,12 @@ fn make(vp: &mut SoftVp, t: &mut Translator, key: Key, hosts: [*const u8; 2]) ->
     if vp.s.jit.sabotage != 0 && copy.bytes[offset..].starts_with(&[0x48, 0x01]) {
         copy.bytes[offset + 1] = 0x29;
     }
-    let lowered = lower(vp.s.rip, &copy.bytes[..len], key.shape, &vp.features, Mode::of(vp), &thunks, at)?;
+    if let Some(facts) = origin.facts.filter(|f| !f.code_is_flat()) {
+        // Nothing behind the segment's end is code.
+        let left = u64::from(facts.code_limit).saturating_sub(origin.rip) + 1;
+        len = len.min(offset + usize::try_from(left).unwrap_or(usize::MAX - offset));
+    }
+    let lowered = lower(origin, &copy.bytes[..len], key.shape, &vp.features, Mode::of(vp), &thunks, at)?;
     t.insert(key, generations, lowered)
 }
 
@@ -444,7 +494,9 @@ pub unsafe fn take_signal(context: *mut libc::ucontext_t) -> bool {
         let t = &*current;
         let at = gregs[libc::REG_RIP as usize] as u64;
         if let Some(site) = t.site(at) {
-            gregs[libc::REG_R9 as usize] = ((*block).jit.page | u64::from(site.offset)) as i64;
+            let rip = (*block).jit.page.wrapping_add(site.offset.into());
+            let rip = if (*block).jit.mode == 0 { rip } else { rip & 0xffff_ffff };
+            gregs[libc::REG_R9 as usize] = rip as i64;
             gregs[libc::REG_RIP as usize] = t.thunks.exit_interpret as i64;
             return true;
         }

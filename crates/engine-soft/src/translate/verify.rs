@@ -19,11 +19,11 @@ use super::cache::Translator;
 use super::classify::Kind;
 use super::kernel;
 use super::plan::{MAX_INSTRUCTIONS, Shape};
-use super::run::{drop_changed, execute, find, flush, take};
+use super::run::{drop_changed, execute, find, flush, sync_mode, take};
 use super::{flags, thunks};
 use crate::exception;
 use crate::interp;
-use crate::vp::{CodeSize, Fault, SoftVp, attention};
+use crate::vp::{Fault, SoftVp, attention};
 use iced_x86::{Instruction, Mnemonic, RflagsBits};
 use partition::Activity;
 use std::fmt::Write;
@@ -222,7 +222,9 @@ impl Planned {
     /// For an instruction at its address.
     pub fn new(i: Instruction) -> Self {
         let reads = match i.mnemonic() {
-            Mnemonic::Pushfq | Mnemonic::Pushf | Mnemonic::Lahf | Mnemonic::Syscall => rflags::STATUS,
+            Mnemonic::Pushfq | Mnemonic::Pushfd | Mnemonic::Pushf | Mnemonic::Lahf | Mnemonic::Syscall => {
+                rflags::STATUS
+            }
             _ => status(i.rflags_read()),
         };
         let undefined = status(i.rflags_undefined());
@@ -323,7 +325,8 @@ fn step(vp: &mut SoftVp, t: &mut Translator) {
         vp.s.jit.assumed = assumed;
         flush(vp, t);
     }
-    let translated = vp.s.code_size == CodeSize::Bits64 && matches!(vp.s.cpl, 0 | 3) && vp.s.dr7 & dr7::ENABLES == 0;
+    sync_mode(vp, t);
+    let translated = matches!(vp.s.cpl, 0 | 3) && vp.s.dr7 & dr7::ENABLES == 0;
     let block = if translated { find(vp, t, Shape::Grouped) } else { None };
     // Translating may have asked this VP to drop its write permission for the page, which comes first.
     if block.is_some() && vp.s.attention.load(Ordering::SeqCst) != 0 {
