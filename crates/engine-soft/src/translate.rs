@@ -9,7 +9,7 @@ pub mod flags;
 mod flow;
 pub mod jump_table;
 pub mod kernel;
-mod legacy;
+pub mod legacy;
 pub mod lower;
 pub mod memory;
 pub mod plan;

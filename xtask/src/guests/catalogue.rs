@@ -145,6 +145,10 @@ pub const CATALOGUE: &[Item] = &[
         about: "Debian 12 kernel for 32-bit processors",
     },
     files("busybox", "bookworm", &["busybox-static"], "the guest's shell and small commands"),
+    Item {
+        arch: "i386",
+        ..files("busybox-i386", "bookworm", &["busybox-static"], "the same of 32 bits: for 32-bit kernels, and beside others")
+    },
     program("stress-ng", &["stress-ng"], "load and verify: stress-ng with its libraries"),
     program("qemu", &["qemu-system-x86"], "QEMU, the yardstick of `bench`; not needed to run guests"),
     program("programs", PROGRAMS, "compiler, Python and text tools that `bench cpu` runs"),

@@ -295,7 +295,7 @@ pub fn accesses_of(i: &Instruction, kind: Kind, facts: &Facts, mut f: impl FnMut
 }
 
 /// What an instruction does to the values of registers. The low 16 bits of register n are value n + 8.
-pub fn step_values(i: &Instruction, kind: Kind, facts: &Facts, values: &mut Values, next_version: &mut u32) {
+pub(super) fn step_values(i: &Instruction, kind: Kind, facts: &Facts, values: &mut Values, next_version: &mut u32) {
     let mut fresh = |v: &mut Value| {
         *v = Value { version: *next_version, delta: 0 };
         *next_version += 1;

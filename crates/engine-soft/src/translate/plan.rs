@@ -507,9 +507,14 @@ impl Plan {
             || self.accesses_of(n).iter().any(|a| self.groups[a.group].is_single())
     }
 
-    /// Groups whose check stands before instruction `n`, in order.
+    /// Groups whose check stands before instruction `n`, in order. Where one fails that is for this instruction only, the
+    /// interpreter executes it and the block goes on behind it: so such a one comes last, and no other check is left out.
     pub fn checks(&self, n: usize) -> impl Iterator<Item = usize> + '_ {
-        self.groups.iter().enumerate().filter(move |(_, g)| g.at == n && !g.invariant).map(|(number, _)| number)
+        let here = move |single: bool| {
+            let groups = self.groups.iter().enumerate();
+            groups.filter(move |(_, g)| g.at == n && !g.invariant && g.is_single() == single).map(|(number, _)| number)
+        };
+        here(false).chain(here(true))
     }
 
     /// Groups whose check stands before the loop that the block is.
