@@ -232,7 +232,7 @@ fn acceptable(i: &Instruction, kind: Kind, mode: Mode, info: &mut InstructionInf
                 let index = x == Register::None
                     || word && limited
                     || x.is_gpr() && x.full_register().number() == INDEX && b.full_register().number() != INDEX;
-                let fine = small && base && index && !(word && !limited) && segment != Register::CS;
+                let fine = small && base && index && (limited || !word) && segment != Register::CS;
                 if !fine && kind != Kind::Lea {
                     return false;
                 }

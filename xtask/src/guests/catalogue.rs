@@ -147,7 +147,12 @@ pub const CATALOGUE: &[Item] = &[
     files("busybox", "bookworm", &["busybox-static"], "the guest's shell and small commands"),
     Item {
         arch: "i386",
-        ..files("busybox-i386", "bookworm", &["busybox-static"], "the same of 32 bits: for 32-bit kernels, and beside others")
+        ..files(
+            "busybox-i386",
+            "bookworm",
+            &["busybox-static"],
+            "the same of 32 bits: for 32-bit kernels, and beside others",
+        )
     },
     program("stress-ng", &["stress-ng"], "load and verify: stress-ng with its libraries"),
     program("qemu", &["qemu-system-x86"], "QEMU, the yardstick of `bench`; not needed to run guests"),

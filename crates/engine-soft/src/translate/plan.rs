@@ -271,7 +271,10 @@ impl Plan {
                 self.at_crossing = true;
                 break;
             }
-            let kind = kind(&i);
+            let mut kind = kind(&i);
+            if kind == Kind::Jcc && i.near_branch_target() == i.next_ip() {
+                kind = Kind::Nop; // both ways lead to the next instruction, and no exit between them
+            }
             if let Kind::Vector(avx) = kind {
                 self.vector = self.vector.max(1 + u8::from(avx));
             }
