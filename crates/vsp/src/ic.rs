@@ -3,12 +3,12 @@
 //! Each service is an [`Ic`] with its own bodies. Its thread negotiates when the guest opens the channel, sends what the
 //! host asks ([`Ic::call`]) one at a time, and hands the answers back.
 
+use crate::pump::Pump;
 use crate::{SyntheticDevice, from_value, lock, to_value};
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use thiserror::Error;
 use vmbus::protocol::message::{PIPE_MODE_MESSAGE, offer_flags};
@@ -104,7 +104,6 @@ struct Agreed {
 
 #[derive(Default)]
 struct Inner {
-    channel: Option<Arc<Channel>>,
     agreed: Option<Agreed>,
     calls: VecDeque<Call>,
     /// The call that the guest works on, with its transaction.
@@ -114,7 +113,6 @@ struct Inner {
     restored: Option<Receiver<Result<Vec<u8>, ServiceError>>>,
     /// The machine has started or gone on: time may have passed.
     started: bool,
-    thread: Option<JoinHandle<()>>,
 }
 
 impl Inner {
@@ -131,6 +129,7 @@ impl Inner {
 pub struct Ic {
     definition: &'static Definition,
     inner: Arc<Mutex<Inner>>,
+    pump: Pump,
     periodic: Option<Arc<dyn Periodic>>,
 }
 
@@ -145,7 +144,7 @@ struct State {
 
 impl Ic {
     pub(crate) fn new(definition: &'static Definition, periodic: Option<Arc<dyn Periodic>>) -> Arc<Self> {
-        Arc::new(Self { definition, inner: Arc::default(), periodic })
+        Arc::new(Self { definition, inner: Arc::default(), pump: Pump::default(), periodic })
     }
 
     /// The version that the guest has agreed to; `None`: not connected.
@@ -159,8 +158,7 @@ impl Ic {
         let (answer, result) = sync_channel(1);
         let channel = {
             let mut inner = lock(&self.inner);
-            let channel = inner.channel.clone();
-            let (Some(channel), Some(_)) = (channel, inner.agreed) else {
+            let (Some(channel), Some(_)) = (self.pump.channel(), inner.agreed) else {
                 return Err(ServiceError::NotConnected(name));
             };
             if inner.calls.len() >= MOST_CALLS {
@@ -382,30 +380,21 @@ impl ChannelDevice for Ic {
 
     fn opened(&self, channel: Arc<Channel>) -> Result<(), OpenRefused> {
         let (inner, definition) = (self.inner.clone(), self.definition);
-        let (periodic, mine) = (self.periodic.clone(), channel.clone());
-        let mut state = lock(&self.inner);
-        if !channel.is_restored() {
-            state.agreed = None;
+        let periodic = self.periodic.clone();
+        {
+            let mut state = lock(&self.inner);
+            if !channel.is_restored() {
+                state.agreed = None;
+            }
+            state.started = true;
         }
-        state.started = true;
-        let thread = std::thread::Builder::new()
-            .name(definition.name.into())
-            .spawn(move || Self::serve(&inner, definition, periodic.as_deref(), &mine))
-            .map_err(|e| OpenRefused(e.to_string()))?;
-        state.channel = Some(channel);
-        state.thread = Some(thread);
-        Ok(())
+        self.pump.start(definition.name, channel, move |channel| {
+            Self::serve(&inner, definition, periodic.as_deref(), channel);
+        })
     }
 
     fn closed(&self, _: u16) {
-        let thread = {
-            let mut state = lock(&self.inner);
-            state.channel = None;
-            state.thread.take()
-        };
-        if let Some(thread) = thread {
-            let _ = thread.join();
-        }
+        self.pump.stop();
     }
 }
 
@@ -431,9 +420,8 @@ impl SyntheticDevice for Ic {
         Ok(())
     }
     fn started(&self) {
-        let mut inner = lock(&self.inner);
-        inner.started = true;
-        if let Some(channel) = &inner.channel {
+        lock(&self.inner).started = true;
+        if let Some(channel) = self.pump.channel() {
             channel.wake();
         }
     }

@@ -3,10 +3,10 @@
 //! Protocol 1.0 (Linux `drivers/input/serio/hyperv-keyboard.c`): the guest asks for a version, the host accepts, then each
 //! stroke is a packet. What is typed before a driver is there is refused: nobody would know when it arrives.
 
+use crate::pump::Pump;
 use crate::{SyntheticDevice, from_value, lock, to_value};
 use serde::{Deserialize, Serialize};
 use std::sync::{Arc, Mutex};
-use std::thread::JoinHandle;
 use thiserror::Error;
 use vmbus::protocol::USER_DATA;
 use vmbus::protocol::class;
@@ -57,11 +57,9 @@ pub enum KeyboardError {
 
 #[derive(Default)]
 struct Inner {
-    channel: Option<Arc<Channel>>,
     accepted: bool,
     /// Bit 0 scroll lock, 1 num lock, 2 caps lock.
     leds: u16,
-    thread: Option<JoinHandle<()>>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -73,18 +71,18 @@ struct State {
 /// The keyboard.
 pub struct Keyboard {
     inner: Arc<Mutex<Inner>>,
+    pump: Pump,
 }
 
 impl Keyboard {
     /// A keyboard that no guest listens to yet.
     pub fn new() -> Arc<Self> {
-        Arc::new(Self { inner: Arc::default() })
+        Arc::new(Self { inner: Arc::default(), pump: Pump::default() })
     }
 
     /// Has the guest a driver?
     pub fn is_connected(&self) -> bool {
-        let inner = lock(&self.inner);
-        inner.accepted && inner.channel.is_some()
+        lock(&self.inner).accepted && self.pump.channel().is_some()
     }
 
     /// Types.
@@ -94,7 +92,7 @@ impl Keyboard {
         }
         // Under the lock: two callers' keys do not mix.
         let inner = lock(&self.inner);
-        let channel = inner.channel.as_ref().filter(|_| inner.accepted).ok_or(KeyboardError::NotConnected)?;
+        let channel = self.pump.channel().filter(|_| inner.accepted).ok_or(KeyboardError::NotConnected)?;
         for stroke in strokes {
             let mut info = 0;
             if !stroke.down {
@@ -157,29 +155,15 @@ impl ChannelDevice for Keyboard {
     }
 
     fn opened(&self, channel: Arc<Channel>) -> Result<(), OpenRefused> {
-        let (inner, mine) = (self.inner.clone(), channel.clone());
-        let mut state = lock(&self.inner);
+        let inner = self.inner.clone();
         if !channel.is_restored() {
-            state.accepted = false;
+            lock(&self.inner).accepted = false;
         }
-        let thread = std::thread::Builder::new()
-            .name("keyboard".into())
-            .spawn(move || Self::serve(&inner, &mine))
-            .map_err(|e| OpenRefused(e.to_string()))?;
-        state.channel = Some(channel);
-        state.thread = Some(thread);
-        Ok(())
+        self.pump.start("keyboard", channel, move |channel| Self::serve(&inner, channel))
     }
 
     fn closed(&self, _: u16) {
-        let thread = {
-            let mut state = lock(&self.inner);
-            state.channel = None;
-            state.thread.take()
-        };
-        if let Some(thread) = thread {
-            let _ = thread.join();
-        }
+        self.pump.stop();
     }
 }
 

@@ -13,6 +13,7 @@ pub mod heartbeat;
 pub mod ic;
 pub mod keyboard;
 pub mod kvp;
+mod pump;
 pub mod shutdown;
 pub mod storage;
 pub mod timesync;

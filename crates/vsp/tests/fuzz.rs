@@ -13,6 +13,7 @@ use vhd::{CreateOptions, Disk, OpenOptions};
 use viridian_vsp::SyntheticDevice;
 use viridian_vsp::filecopy::{CopyOptions, FileCopy};
 use viridian_vsp::heartbeat::Heartbeat;
+use viridian_vsp::keyboard::Keyboard;
 use viridian_vsp::kvp::{Kvp, Pool};
 use viridian_vsp::shutdown::{Shutdown, ShutdownKind};
 use viridian_vsp::storage::{StorageController, Unit};
@@ -50,7 +51,7 @@ fn world() -> World {
     controller.attach(0, Unit::Disk(Arc::new(ScsiDisk::new(Arc::new(disk), DiskConfig::default())))).unwrap();
     controller.attach(3, Unit::Dvd(Arc::new(ScsiDvd::new(None)))).unwrap();
     let (kvp, vss, shutdown, copy) = (Kvp::new(), Vss::new(), Shutdown::new(), FileCopy::new());
-    let devices: [Arc<dyn SyntheticDevice>; 7] = [
+    let devices: [Arc<dyn SyntheticDevice>; 8] = [
         controller,
         kvp.clone(),
         vss.clone(),
@@ -58,6 +59,7 @@ fn world() -> World {
         copy.device(),
         Heartbeat::new(),
         TimeSync::new(Box::new(|| 7)),
+        Keyboard::new(),
     ];
     let memory = GuestMemory::with_ram(16 << 20, 0xc000_0000..1 << 32, false).unwrap();
     let (bus, guest) = world_with(memory);
@@ -73,7 +75,7 @@ fn still_serves(w: &mut World) {
     w.guest.synic.wires.lock().unwrap().messages.clear();
     assert_eq!(w.guest.connect(Version::V5_3), 1, "the bus does not answer any more");
     let offers = w.guest.offers();
-    assert_eq!(offers.len(), 7);
+    assert_eq!(offers.len(), 8);
     let storage = offers.iter().find(|o| { o.class } == vmbus::protocol::class::SCSI).unwrap();
     let vsc = w.guest.open(storage, 4);
     let begin = [operation::BEGIN_INITIALIZATION, 1, 0].as_bytes().to_vec();
