@@ -15,7 +15,7 @@ if [ -e /second-boot ]; then
     return 0
 fi
 
-check root-on-vhdx sh -c 'grep -q "^/dev/sda / ext4 rw" /proc/mounts'
+check root-on-vhdx sh -c "grep -q '^/dev/$(lun_disk 0) / ext4 rw' /proc/mounts"
 expect clocksource hyperv_clocksource_tsc_page "$(cat /sys/devices/system/clocksource/clocksource0/current_clocksource)"
 expect channels "$processors" "$(ls /sys/bus/vmbus/devices/56697264-5343-0000-*/channels | wc -l)"
 
@@ -104,7 +104,7 @@ check limit-8k [ "$eight" -ge 340 -a "$eight" -le 440 ]
 check limit-16k [ "$sixteen" -ge 170 -a "$sixteen" -le 220 ]
 host no-alert
 host limit 400 800
-iops --bs=8k > /dev/null
+iops --bs=8k --runtime=4 > /dev/null
 host alert
 host limit
 

@@ -65,16 +65,35 @@ pub enum NvramError {
     },
 }
 
+/// Makes a file with this content durable, in the place of the old one, before it returns.
+pub type Save = Box<dyn Fn(&Path, Vec<u8>) -> std::io::Result<()> + Send>;
+
+/// The usual [`Save`], on the calling thread.
+///
+/// # Errors
+/// What the host says; the old file is still there then.
+pub fn save(path: &Path, bytes: Vec<u8>) -> std::io::Result<()> {
+    let new = path.with_extension("new");
+    let mut out = std::fs::File::create(&new)?;
+    out.write_all(&bytes)?;
+    out.sync_all()?;
+    std::fs::rename(&new, path)?;
+    // The rename itself must be durable too.
+    let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    std::fs::File::open(folder).and_then(|d| d.sync_all())
+}
+
 /// The variables of a VM.
 pub struct Nvram {
     store: VariableStore,
     path: Option<PathBuf>,
+    save: Save,
 }
 
 impl Nvram {
     /// Variables that live as long as the process.
     pub fn volatile() -> Self {
-        Self { store: VariableStore::new(Quota::default()), path: None }
+        Self { store: VariableStore::new(Quota::default()), path: None, save: Box::new(save) }
     }
 
     /// Opens the file; a missing one means that there are no variables yet.
@@ -92,12 +111,17 @@ impl Nvram {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => VariableStore::new(Quota::default()),
             Err(e) => return Err(io(e)),
         };
-        Ok(Self { store, path: Some(path.to_owned()) })
+        Ok(Self { store, path: Some(path.to_owned()), save: Box::new(save) })
     }
 
     /// The variables.
     pub fn store(&self) -> &VariableStore {
         &self.store
+    }
+
+    /// From now on the file is written in this way: the thread on which the guest changes a variable may have no right to.
+    pub fn save_by(&mut self, save: Save) {
+        self.save = save;
     }
 
     /// Changes variables as the machine (not the guest) and writes the file.
@@ -123,15 +147,7 @@ impl Nvram {
 
     fn persist(&self) -> Result<(), NvramError> {
         let Some(path) = &self.path else { return Ok(()) };
-        let io = |source| NvramError::Io { path: path.clone(), source };
-        let new = path.with_extension("new");
-        let mut out = std::fs::File::create(&new).map_err(io)?;
-        out.write_all(&file::encode(&self.store)).map_err(io)?;
-        out.sync_all().map_err(io)?;
-        std::fs::rename(&new, path).map_err(io)?;
-        // The rename itself must be durable too.
-        let folder = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        std::fs::File::open(folder).and_then(|d| d.sync_all()).map_err(io)
+        (self.save)(path, file::encode(&self.store)).map_err(|source| NvramError::Io { path: path.clone(), source })
     }
 
     /// Carries out the command whose descriptor is at `gpa`. A descriptor outside memory is ignored: there is nowhere
@@ -328,7 +344,7 @@ mod tests {
     fn a_failed_write_is_not_acknowledged() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("gone").join("nvram");
-        let mut nvram = Nvram { store: VariableStore::new(Quota::default()), path: Some(path) };
+        let mut nvram = Nvram { path: Some(path), ..Nvram::volatile() };
         let guest = Guest::new();
         assert_eq!(guest.call(&mut nvram, 1, "Lost", 7, &[1], 0), status::DEVICE_ERROR);
         assert_eq!(guest.call(&mut nvram, 0, "Lost", 0, &[], 16), VariableError::NotFound.status());

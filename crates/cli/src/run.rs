@@ -4,11 +4,13 @@ use bios::templates::Template;
 use clap::{Args as ClapArgs, ValueEnum};
 use machine::{BootSource, IoLimits, MachineConfig, StorageUnit, UnitKind};
 use partition::{EngineOptions, TranslateMode};
-use std::path::PathBuf;
+use std::fs::File;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 use vmms::size;
 use worker::firmware::FirmwareOptions;
+use worker::sandbox::Files;
 use worker::{EngineChoice, Outcome, RunOptions, SerialTarget, Start};
 use x86::cpuid::CpuModel;
 
@@ -81,6 +83,11 @@ pub struct Args {
     /// File that keeps the firmware's variables [default: they are lost at the end]
     #[arg(long, value_name = "FILE", conflicts_with = "kernel")]
     variables: Option<PathBuf>,
+    /// Confine the process before guest code runs: off is for those who look for a fault of Viridian's
+    ///
+    /// Files named with --save and --variables are replaced by renaming: a confined process may write to their folders
+    #[arg(long, value_enum, default_value_t = OnOff::On)]
+    sandbox: OnOff,
     /// Print counters to standard error at the end
     #[arg(long)]
     stats: bool,
@@ -169,6 +176,30 @@ pub fn run(args: Args, started: Instant) -> ExitCode {
         }
         None => args.variables,
     };
+    let control = args.name.as_deref().map(worker::control::socket_path);
+    let confine = match args.sandbox {
+        OnOff::On => match files(&start, &args.secure_boot_template) {
+            Ok(mut files) => {
+                let folder =
+                    |path: &Path| path.parent().filter(|f| !f.as_os_str().is_empty()).unwrap_or(Path::new(".")).into();
+                files.read.extend(variables.clone());
+                files.replace.extend(variables.iter().chain(&args.save).map(|path| folder(path)));
+                files.sockets.extend(control.as_deref().map(folder));
+                match &args.serial {
+                    SerialTarget::Stdio => {}
+                    SerialTarget::Unix(path) => files.sockets.push(folder(path)),
+                    SerialTarget::File(path) => {
+                        // Its name is made here; what is wrong with it is said where it is opened.
+                        let _ = File::options().append(true).create(true).open(path);
+                        files.write.push(path.clone());
+                    }
+                }
+                Some(files)
+            }
+            Err(message) => return fail(&message, 2),
+        },
+        OnOff::Off => None,
+    };
     let translate = match args.translate {
         TranslateArg::On => TranslateMode::On,
         TranslateArg::Off => TranslateMode::Off,
@@ -188,10 +219,10 @@ pub fn run(args: Args, started: Instant) -> ExitCode {
             secure_boot: args.secure_boot == OnOff::On,
         },
         serial: args.serial,
-        control: args.name.as_deref().map(worker::control::socket_path),
+        control,
         save: args.save,
         console: false,
-        confine: None,
+        confine,
         affinity: Vec::new(),
         reserve_memory: false,
         observer: None,
@@ -203,6 +234,17 @@ pub fn run(args: Args, started: Instant) -> ExitCode {
         Ok(Outcome::Signal(signal)) => ExitCode::from(128u8.saturating_add(signal.unsigned_abs().min(127) as u8)),
         Err(error) => fail(&error.to_string(), if error.is_setup() { 2 } else { 1 }),
     }
+}
+
+/// What the machine opens.
+fn files(start: &Start, template: &Template) -> Result<Files, String> {
+    let (saved, state) = match start {
+        Start::Boot(config) => (config.clone(), None),
+        Start::Restore { file, .. } => (worker::saved_config(file).map_err(|e| e.to_string())?, Some(file.clone())),
+    };
+    let mut files = vmms::launch::files_of(&saved, template).map_err(|e| e.to_string())?;
+    files.read.extend(state);
+    Ok(files)
 }
 
 fn fail(message: &str, status: u8) -> ExitCode {

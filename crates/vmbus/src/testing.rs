@@ -193,7 +193,9 @@ impl Guest {
     pub fn send(&self, vsc: &Vsc, kind: u16, flags: u16, id: u64, extra: &[u8], payload: &[u8]) -> bool {
         let size = ((vsc.pages - 1) * 4096) as u32;
         let len = 16 + extra.len() + payload.len().next_multiple_of(8);
-        let (write, read) = (self.load(vsc, false, control::WRITE_INDEX), self.load(vsc, false, control::READ_INDEX));
+        let index = |field| self.load(vsc, false, field) % size;
+        // Within the ring, whatever has been written over the indices.
+        let (write, read) = (index(control::WRITE_INDEX), index(control::READ_INDEX));
         let free = size - (write + size - read) % size;
         if free as usize <= len + 8 {
             return false;
@@ -241,6 +243,12 @@ impl Guest {
             self.signal(vsc.connection);
         }
         Some((header, payload))
+    }
+    /// Takes everything that the host has sent, without a look at it.
+    pub fn drain(&self, vsc: &Vsc) {
+        let sent = self.load(vsc, true, control::WRITE_INDEX);
+        self.store(vsc, true, control::READ_INDEX, sent);
+        self.signal(vsc.connection);
     }
     pub fn receive(&self, vsc: &Vsc) -> (PacketHeader, Vec<u8>) {
         let end = Instant::now() + WAIT;

@@ -9,6 +9,8 @@ use crate::limits;
 use crate::record::{Record, start_ticks};
 use crate::store::Store;
 use crate::vm::Vm;
+use bios::templates::{Template, TemplateError};
+use machine::{BootSource, MachineConfig, UnitKind};
 use partition::EngineOptions;
 use std::fs::File;
 use std::io::Write;
@@ -18,6 +20,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::Instant;
 use worker::firmware::FirmwareOptions;
+use worker::sandbox::Files;
 use worker::{EngineChoice, Note, Observer, Outcome, RunOptions, SerialTarget, Start, WorkerError};
 
 /// Runs the VM with this id as its worker. Standard input is the lock that the worker holds, standard output leads to
@@ -175,27 +178,36 @@ fn prepare(vm: &Vm, log: &Arc<Log>, started: Instant) -> std::result::Result<Run
     Ok(options(vm, &config, log, affinity, started)?)
 }
 
-fn options(vm: &Vm, config: &VmConfig, log: &Arc<Log>, affinity: Vec<usize>, started: Instant) -> Result<RunOptions> {
-    let template = config.firmware.template.parse();
-    let template: bios::templates::Template =
-        template.map_err(|e: bios::templates::TemplateError| Error::Config(e.to_string()))?;
-    let mut files = worker::sandbox::Files { read: Vec::new(), write: vec![vm.state_folder()] };
-    for unit in config.storage() {
+/// What a machine opens: its disks with their parents, its discs, its kernel, its keys.
+///
+/// # Errors
+/// When an image is missing or of no use.
+pub fn files_of(config: &MachineConfig, template: &Template) -> Result<Files> {
+    let mut files = Files::default();
+    for unit in &config.storage {
         let Some(image) = &unit.image else { continue };
         let mut images = chain(image)?.into_iter();
         match unit.kind {
-            machine::UnitKind::Disk => files.write.extend(images.next()),
-            machine::UnitKind::Dvd => files.read.extend(images.next()),
+            UnitKind::Disk => files.write.extend(images.next()),
+            UnitKind::Dvd => files.read.extend(images.next()),
         }
         files.read.extend(images);
     }
-    if let Some(kernel) = &config.kernel {
-        files.read.push(kernel.image.clone());
-        files.read.extend(kernel.initrd.clone());
+    if let BootSource::Kernel { kernel, initrd, .. } = &config.boot {
+        files.read.push(kernel.clone());
+        files.read.extend(initrd.clone());
     }
-    if let bios::templates::Template::File(path) = &template {
+    if let Template::File(path) = template {
         files.read.push(path.clone());
     }
+    Ok(files)
+}
+
+fn options(vm: &Vm, config: &VmConfig, log: &Arc<Log>, affinity: Vec<usize>, started: Instant) -> Result<RunOptions> {
+    let template = config.firmware.template.parse();
+    let template: Template = template.map_err(|e: TemplateError| Error::Config(e.to_string()))?;
+    let mut files = files_of(&config.machine(), &template)?;
+    files.write.push(vm.state_folder());
     let start = if vm.state_path().is_file() {
         Start::Restore { file: vm.state_path(), storage: Some(config.storage()) }
     } else {

@@ -1,13 +1,15 @@
 //! The firmware of a generation 2 machine: its variables, Secure Boot, and what it tells its host.
 
 use crate::run::WorkerError;
+use crate::sandbox;
 use bios::device::{BiosConfig, BiosDevice, FirmwareEvents, SecureBootEvent};
-use bios::nvram::Nvram;
+use bios::nvram::{self, Nvram};
 use bios::templates::Template;
 use machine::machine::Base;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::mpsc::{Sender, channel};
 
 /// Options of the firmware.
 #[derive(Clone, Debug)]
@@ -56,9 +58,38 @@ impl FirmwareEvents for Log {
     }
 }
 
-/// Makes the BiosDevice. `expired` is called when the watchdog runs out (see [`BiosDevice::poll_watchdog`]).
+/// A file to be written, and where the answer goes.
+type Request = (PathBuf, Vec<u8>, Sender<std::io::Result<()>>);
+
+/// Writes variables on a thread of its own: VPs, whose thread the guest's change arrives on, may not open files.
+fn writer(confined: bool) -> std::io::Result<nvram::Save> {
+    let (sender, requests) = channel::<Request>();
+    std::thread::Builder::new().name("variables".into()).spawn(move || {
+        let mut unfiltered = confined;
+        for (path, bytes, answer) in requests {
+            // Not earlier: the filters of the whole process come first, and guests make requests only after that.
+            if std::mem::take(&mut unfiltered)
+                && let Err(error) = sandbox::filter_writer()
+            {
+                tracing::warn!("seccomp for the thread that writes variables: {error}");
+            }
+            // Whoever asked waits for the answer.
+            let _ = answer.send(nvram::save(&path, bytes));
+        }
+    })?;
+    let gone = || std::io::Error::other("the thread that writes variables has ended");
+    Ok(Box::new(move |path, bytes| {
+        let (answer, result) = channel();
+        sender.send((path.into(), bytes, answer)).map_err(|_| gone())?;
+        result.recv().map_err(|_| gone())?
+    }))
+}
+
+/// Makes the BiosDevice. `expired` is called when the watchdog runs out (see [`BiosDevice::poll_watchdog`]). In a
+/// `confined` process the thread that writes variables confines itself further.
 pub fn device(
     options: &FirmwareOptions,
+    confined: bool,
     base: &Base,
     expired: Box<dyn Fn() + Send + Sync>,
 ) -> Result<Arc<BiosDevice>, WorkerError> {
@@ -71,6 +102,10 @@ pub fn device(
     // in setup mode.
     if nvram.store().iter().next().is_none() {
         nvram.change(|store| options.template.apply(store)).map_err(|e| setup(&e))?.map_err(|e| setup(&e))?;
+    }
+    if options.variables.is_some() {
+        let writer = writer(confined);
+        nvram.save_by(writer.map_err(|source| WorkerError::Host { what: "a thread for variables", source })?);
     }
     let mut generation_id = [0; 16];
     generation_id.copy_from_slice(uuid::Uuid::new_v4().as_bytes());

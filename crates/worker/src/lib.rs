@@ -29,5 +29,5 @@ pub mod terminal;
 pub mod units;
 
 pub use engines::EngineChoice;
-pub use run::{Note, Observer, Order, Outcome, RunOptions, Start, WorkerError, run};
+pub use run::{Note, Observer, Order, Outcome, RunOptions, Start, WorkerError, run, saved_config};
 pub use serial::SerialTarget;

@@ -207,6 +207,8 @@ pub(crate) enum Wake {
     Machine(Event),
     Signal(i32),
     Escape,
+    /// The guest's operating system says so.
+    Crashed(CrashReport),
     Order(Order, Sender<Result<(), String>>),
 }
 
@@ -330,7 +332,7 @@ fn prepare(options: &RunOptions, reporter: &Arc<Reporter>, sender: Sender<Wake>)
         BootSource::Firmware { .. } => {
             let events = sender.clone();
             let expired = Box::new(move || drop(events.send(Wake::Machine(Event::Reset))));
-            Some(firmware::device(&options.firmware, &base, expired)?)
+            Some(firmware::device(&options.firmware, options.confine.is_some(), &base, expired)?)
         }
         _ => None,
     };
@@ -339,8 +341,9 @@ fn prepare(options: &RunOptions, reporter: &Arc<Reporter>, sender: Sender<Wake>)
     }
     let devices = devices.map(Arc::new);
     if let Some(devices) = &devices {
-        let reporter = reporter.clone();
-        devices.interface.on_crash(Box::new(move |report| reporter.note(&Note::GuestCrashed(report))));
+        // Not from the VP's thread, which may not open an event log.
+        let events = sender.clone();
+        devices.interface.on_crash(Box::new(move |report| drop(events.send(Wake::Crashed(report.clone())))));
     }
     let bios = generation2.clone();
     let events = sender.clone();
@@ -475,6 +478,10 @@ impl RunLoop<'_> {
     fn outside(&mut self, wake: Wake) -> Result<Option<Outcome>, WorkerError> {
         match wake {
             Wake::Escape => Ok(Some(Outcome::Left)),
+            Wake::Crashed(report) => {
+                self.reporter.note(&Note::GuestCrashed(&report));
+                Ok(None)
+            }
             Wake::Signal(SIGUSR2) => {
                 self.machine.press_power_button();
                 Ok(None)
@@ -604,6 +611,14 @@ fn save_to(machine: &Machine, path: &Path) -> Result<(), WorkerError> {
         let _ = std::fs::remove_file(&partial);
     }
     result
+}
+
+/// The configuration of a saved machine.
+///
+/// # Errors
+/// When the file is no saved machine.
+pub fn saved_config(path: &Path) -> Result<MachineConfig, WorkerError> {
+    open_state(path).map(|(header, _)| header.config)
 }
 
 fn open_state(path: &Path) -> Result<(Header, BufReader<File>), WorkerError> {

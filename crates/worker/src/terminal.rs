@@ -49,8 +49,10 @@ impl Drop for RawTerminal {
 
 /// Restores the terminal, if it is raw.
 pub fn restore() {
-    if let Some(old) = SAVED.lock().unwrap_or_else(|e| e.into_inner()).take() {
-        // Nothing better can be done if the terminal has gone away.
-        let _ = tcsetattr(std::io::stdin(), OptionalActions::Drain, &old);
+    let mut saved = SAVED.lock().unwrap_or_else(|e| e.into_inner());
+    // A thread that may not do it (a VP's, when it panics) leaves it to the next; nothing better can be done if the
+    // terminal has gone away.
+    if saved.as_ref().is_some_and(|old| tcsetattr(std::io::stdin(), OptionalActions::Drain, old).is_ok()) {
+        *saved = None;
     }
 }

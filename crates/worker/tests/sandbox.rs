@@ -42,6 +42,17 @@ const TRIALS: &[(&str, &str, Expect)] = &[
     ("change-mode", "seccomp", Expect::Refused),
     ("vp-accepts", "seccomp", Expect::Refused),
     ("service-accepts", "seccomp", Expect::Allowed),
+    ("vp-works", "seccomp", Expect::Allowed),
+    ("vp-opens-own", "seccomp", Expect::Refused),
+    ("vp-removes-own", "seccomp", Expect::Refused),
+    ("vp-asks-for-a-file", "seccomp", Expect::Refused),
+    ("writer-replaces", "seccomp", Expect::Allowed),
+    ("writer-removes", "seccomp", Expect::Refused),
+    ("writer-accepts", "seccomp", Expect::Refused),
+    ("replace", "landlock", Expect::Allowed),
+    ("replace-reads", "landlock", Expect::Refused),
+    ("sockets-folder-writes", "landlock", Expect::Refused),
+    ("socket-goes-away", "landlock", Expect::Allowed),
     ("exec", "seccomp", Expect::Killed),
     ("unshare", "seccomp", Expect::Killed),
     ("regain-capabilities", "no-capabilities", Expect::Refused),
@@ -73,7 +84,7 @@ fn main() -> ExitCode {
 fn trials() -> bool {
     let dir = tempfile::tempdir().unwrap();
     let mut good = true;
-    for folder in ["own", "beside"] {
+    for folder in ["own", "beside", "replaced", "sockets"] {
         std::fs::create_dir(dir.path().join(folder)).unwrap();
         std::fs::write(dir.path().join(folder).join("file"), "text").unwrap();
     }
@@ -125,7 +136,12 @@ fn verdict<T>(result: Result<T, std::io::Error>) -> ExitCode {
 }
 
 fn confined(dir: &Path) -> Sandbox {
-    let files = sandbox::Files { read: vec![dir.join("read-only")], write: vec![dir.join("own")] };
+    let files = sandbox::Files {
+        read: vec![dir.join("read-only")],
+        write: vec![dir.join("own")],
+        replace: vec![dir.join("replaced")],
+        sockets: vec![dir.join("sockets")],
+    };
     let mut report = sandbox::confine(&files);
     sandbox::filter(&mut report);
     report
@@ -179,6 +195,39 @@ fn attack(trial: &str, dir: &Path) -> ExitCode {
             }
             verdict(listener.and_then(|l| l.accept()))
         }
+        "vp-works" | "vp-opens-own" | "vp-removes-own" | "vp-asks-for-a-file" => {
+            let mut open = File::options().append(true).open(dir.join("own/file"));
+            if let Err(error) = sandbox::filter_vp() {
+                println!("{error}");
+                return ExitCode::from(STRANGE);
+            }
+            match trial {
+                // What is open already can be written, and the engine can make its thread for timers.
+                "vp-works" => verdict(open.as_mut().map_err(|_| denied()).and_then(|file| {
+                    file.write_all(b"log")?;
+                    let thread = std::thread::Builder::new().spawn(std::time::Instant::now)?;
+                    thread.join().map_err(|_| denied())
+                })),
+                "vp-opens-own" => verdict(File::open(dir.join("own/file"))),
+                "vp-removes-own" => verdict(std::fs::remove_file(dir.join("own/file"))),
+                _ => verdict(std::fs::metadata(dir.join("own/file"))),
+            }
+        }
+        "writer-replaces" | "writer-removes" | "writer-accepts" => {
+            if let Err(error) = sandbox::filter_writer() {
+                println!("{error}");
+                return ExitCode::from(STRANGE);
+            }
+            match trial {
+                "writer-replaces" => verdict(bios::nvram::save(&dir.join("own/variables"), vec![1; 5000])),
+                "writer-removes" => verdict(std::fs::remove_file(dir.join("own/file"))),
+                _ => verdict(listener.and_then(|l| l.accept())),
+            }
+        }
+        "replace" => verdict(bios::nvram::save(&dir.join("replaced/file"), vec![1; 5000])),
+        "replace-reads" => verdict(std::fs::read(dir.join("replaced/file"))),
+        "socket-goes-away" => verdict(std::fs::remove_file(dir.join("sockets/file"))),
+        "sockets-folder-writes" => verdict(File::options().write(true).open(dir.join("sockets/file"))),
         "service-accepts" => verdict(listener.and_then(|l| l.accept())),
         "exec" => verdict::<()>(Err(Command::new("/bin/true").exec())),
         "unshare" => verdict(nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNS).map_err(Into::into)),

@@ -208,7 +208,7 @@ fn hyperv_scenarios() -> Vec<Case> {
                 ..Boot::new(
                     "bookworm-cloud",
                     3,
-                    "quiet viridian.root=/dev/sda viridian.test=hyperv-disks viridian.args=3 viridian.after=wait",
+                    "quiet viridian.root=lun0 viridian.test=hyperv-disks viridian.args=3 viridian.after=wait",
                 )
             },
         ),
@@ -228,7 +228,7 @@ fn hyperv_scenarios() -> Vec<Case> {
                 modules: HYPERV,
                 programs: SAVE_PROGRAMS,
                 on_disk: true,
-                ..Boot::new("bookworm-cloud", 3, "quiet viridian.root=/dev/sda viridian.test=hyperv-save")
+                ..Boot::new("bookworm-cloud", 3, "quiet viridian.root=lun0 viridian.test=hyperv-save")
             },
         ),
         scenario(

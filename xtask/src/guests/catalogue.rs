@@ -169,6 +169,7 @@ pub const CATALOGUE: &[Item] = &[
         "make disks and file systems",
     ),
     program("mmdebstrap", &["mmdebstrap"], "make root file systems"),
+    files("fakeroot", "bookworm", &["fakeroot", "libfakeroot"], "owners of files, for those who are not root"),
     program(
         "efitools",
         &["efitools", "sbsigntool", "openssl"],

@@ -38,7 +38,12 @@ done < /lib/viridian/modules.list
 # In the initramfs the root is a tmpfs or ramfs, and the mark of the real root file system is not there.
 if [ -n "$root" ] && [ ! -e /lib/viridian/root ]; then
     tries=0
-    while [ ! -b "$root" ] && [ $tries -lt 100 ]; do
+    while [ $tries -lt 100 ]; do
+        # The disk with LUN 0: Linux looks at several disks at once, and any of them may become sda.
+        [ "$root" = lun0 ] && for disk in /sys/class/scsi_device/0:0:0:0/device/block/*; do
+            [ -e "$disk" ] && root=/dev/${disk##*/}
+        done
+        [ -b "$root" ] && break
         sleep 0.1
         tries=$((tries + 1))
     done

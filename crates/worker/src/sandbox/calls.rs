@@ -9,7 +9,7 @@ use seccompiler::{
 };
 use std::collections::BTreeMap;
 
-/// What every thread may do.
+/// What every thread may do, those of VPs too: nothing that names a file, a socket or another process.
 const ALL: &[i64] = &[
     // Memory.
     libc::SYS_brk,
@@ -18,7 +18,9 @@ const ALL: &[i64] = &[
     libc::SYS_munmap,
     libc::SYS_mremap,
     libc::SYS_madvise,
+    // The translator's code: a memory file, mapped twice.
     libc::SYS_memfd_create,
+    libc::SYS_ftruncate,
     libc::SYS_membarrier,
     // Threads, time, signals.
     libc::SYS_futex,
@@ -30,7 +32,6 @@ const ALL: &[i64] = &[
     libc::SYS_getpid,
     libc::SYS_sched_yield,
     libc::SYS_sched_getaffinity,
-    libc::SYS_sched_setaffinity,
     libc::SYS_clock_gettime,
     libc::SYS_clock_nanosleep,
     libc::SYS_nanosleep,
@@ -40,16 +41,25 @@ const ALL: &[i64] = &[
     libc::SYS_rt_sigprocmask,
     libc::SYS_rt_sigreturn,
     libc::SYS_sigaltstack,
+    libc::SYS_getrandom,
+    // What is open already: the log, event descriptors.
+    libc::SYS_read,
+    libc::SYS_write,
+    libc::SYS_writev,
+    libc::SYS_close,
+    libc::SYS_poll,
+    libc::SYS_ppoll,
+];
+
+/// What threads do that serve devices and the host, but not VPs.
+const DEVICES: &[i64] = &[
+    libc::SYS_sched_setaffinity,
     libc::SYS_timerfd_create,
     libc::SYS_timerfd_settime,
     libc::SYS_timerfd_gettime,
-    libc::SYS_getrandom,
     libc::SYS_arch_prctl,
     // Files that are open, and (as far as Landlock allows) its own.
-    libc::SYS_read,
-    libc::SYS_write,
     libc::SYS_readv,
-    libc::SYS_writev,
     libc::SYS_pread64,
     libc::SYS_pwrite64,
     libc::SYS_preadv,
@@ -61,7 +71,6 @@ const ALL: &[i64] = &[
     libc::SYS_fdatasync,
     libc::SYS_sync_file_range,
     libc::SYS_fallocate,
-    libc::SYS_ftruncate,
     libc::SYS_fstat,
     libc::SYS_newfstatat,
     libc::SYS_statx,
@@ -79,7 +88,6 @@ const ALL: &[i64] = &[
     libc::SYS_unlinkat,
     libc::SYS_flock,
     libc::SYS_getcwd,
-    libc::SYS_close,
     libc::SYS_dup,
     libc::SYS_dup3,
     // Waiting for events; rings that exist already (new ones are not made: io_uring knows calls that this list does not).
@@ -88,10 +96,11 @@ const ALL: &[i64] = &[
     libc::SYS_epoll_ctl,
     libc::SYS_epoll_wait,
     libc::SYS_epoll_pwait,
-    libc::SYS_poll,
-    libc::SYS_ppoll,
     libc::SYS_io_uring_enter,
 ];
+
+/// What the thread does that replaces a file for a VP, beyond [`ALL`].
+const WRITER: &[i64] = &[libc::SYS_openat, libc::SYS_fsync, libc::SYS_rename];
 
 /// What only threads that serve the host do: the control socket and the console.
 const SERVICE: &[i64] = &[
@@ -143,8 +152,11 @@ const DEADLY: &[i64] = &[
 
 /// `ioctl`s: KVM's ('\xAE'), and those by which the runtime asks whether something is a terminal.
 const KVM_IOCTL: u64 = 0xae00;
-/// `TCGETS` and `TCGETS2`'s number (asm-generic/ioctls.h).
+/// `TCGETS` (asm-generic/ioctls.h).
 const TCGETS: u64 = 0x5401;
+/// What reads a terminal's settings, and puts them back at the end: `TCSETSW`, `TCGETS2`, `TCSETSW2`. (Not what types for
+/// the user: `TIOCSTI`.)
+const TERMINAL: [u64; 3] = [0x5403, 0x802c_542a, 0x402c_542c];
 /// `prctl` options that are in use: names of threads, their timer slack, and no new privileges (which `seccomp` sets).
 const PRCTLS: &[i32] = &[libc::PR_SET_NAME, libc::PR_GET_NAME, libc::PR_SET_TIMERSLACK, libc::PR_SET_NO_NEW_PRIVS];
 
@@ -167,7 +179,7 @@ fn compile(
 }
 
 /// The allow-list: these calls, and a few with certain arguments only.
-fn allowed(lists: &[&[i64]]) -> Result<BpfProgram, String> {
+fn allowed(lists: &[&[i64]], ioctls: &[u64]) -> Result<BpfProgram, String> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
         lists.iter().flat_map(|list| list.iter()).map(|call| (*call, Vec::new())).collect();
     // Threads, not processes.
@@ -177,13 +189,11 @@ fn allowed(lists: &[&[i64]]) -> Result<BpfProgram, String> {
     // Signals to itself only: kicks of VPs.
     let own = u64::from(std::process::id());
     rules.insert(libc::SYS_tgkill, vec![rule(vec![condition(0, SeccompCmpOp::Eq, own, false)?])?]);
-    rules.insert(
-        libc::SYS_ioctl,
-        vec![
-            rule(vec![condition(1, SeccompCmpOp::MaskedEq(0xff00), KVM_IOCTL, false)?])?,
-            rule(vec![condition(1, SeccompCmpOp::Eq, TCGETS, false)?])?,
-        ],
-    );
+    let mut numbers = vec![rule(vec![condition(1, SeccompCmpOp::MaskedEq(0xff00), KVM_IOCTL, false)?])?];
+    for number in ioctls.iter().chain(&[TCGETS]) {
+        numbers.push(rule(vec![condition(1, SeccompCmpOp::Eq, *number, false)?])?);
+    }
+    rules.insert(libc::SYS_ioctl, numbers);
     let fcntls = [libc::F_GETFL, libc::F_SETFL, libc::F_GETFD, libc::F_SETFD, libc::F_DUPFD_CLOEXEC];
     let with = |argument, values: &[i32]| -> Result<Vec<SeccompRule>, String> {
         values.iter().map(|v| rule(vec![condition(argument, SeccompCmpOp::Eq, *v as u64, false)?])).collect()
@@ -203,15 +213,21 @@ pub fn restrict_process() -> Result<(), String> {
         compile(no_clone3, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32))?,
         // `clone3` and what is deadly must be let through here, or this list's milder answer would not be the one: the
         // kernel takes the strictest, and among two error numbers the newest filter's.
-        allowed(&[ALL, SERVICE, &[libc::SYS_clone3]])?,
+        allowed(&[ALL, DEVICES, SERVICE, &[libc::SYS_clone3]], &TERMINAL)?,
     ] {
         seccompiler::apply_filter_all_threads(&program).map_err(|e| e.to_string())?;
     }
     Ok(())
 }
 
-/// Puts the VP's shorter list over the calling thread, and the threads that it will make (channels of VMBus).
+/// Puts the VP's shorter list over the calling thread, and the threads that it will make (the engine's timers).
 pub fn restrict_vp() -> Result<(), String> {
-    let program = allowed(&[ALL, &[libc::SYS_clone3]])?;
+    let program = allowed(&[ALL, &[libc::SYS_clone3]], &[])?;
+    seccompiler::apply_filter(&program).map_err(|e| e.to_string())
+}
+
+/// Puts the list of a thread that writes files over the calling thread.
+pub fn restrict_writer() -> Result<(), String> {
+    let program = allowed(&[ALL, WRITER, &[libc::SYS_clone3]], &[])?;
     seccompiler::apply_filter(&program).map_err(|e| e.to_string())
 }

@@ -26,6 +26,12 @@ pub fn restrict(files: &Files) -> Result<(), String> {
     let device = AccessFs::ReadFile | AccessFs::WriteFile | AccessFs::IoctlDev;
     let of_the_host = OF_THE_HOST.iter().map(|p| (Path::new(*p), read));
     let own = files.read.iter().map(|p| (p.as_path(), read)).chain(files.write.iter().map(|p| (p.as_path(), write)));
+    let replace = AccessFs::MakeReg | AccessFs::RemoveFile | AccessFs::WriteFile | AccessFs::Truncate;
+    let sockets = AccessFs::MakeSock | AccessFs::RemoveFile;
+    // Opening a folder is reading it: so that a rename in it can be made durable.
+    let replaced = files.replace.iter().map(|p| (p.as_path(), replace | AccessFs::ReadDir));
+    let plugged = files.sockets.iter().map(|p| (p.as_path(), sockets));
+    let own = own.chain(replaced).chain(plugged);
     for (path, access) in of_the_host.chain(own).chain([(Path::new("/dev/kvm"), device)]) {
         // A file that is not there is somebody else's error, reported where it is opened.
         let (Ok(file), Ok(metadata)) = (PathFd::new(path), path.metadata()) else { continue };

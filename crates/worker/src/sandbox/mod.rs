@@ -5,7 +5,8 @@
 //! 1. [`confine`], while the process has one thread: no new privileges, no core dumps, few descriptors, namespaces of its
 //!    own (user, network, IPC, host name), no capabilities, and (Landlock) only its own files;
 //! 2. [`filter`], when everything is prepared and before the guest's first instruction: the system calls of an
-//!    allow-list for all threads; then [`filter_vp`] on each VP's thread, a shorter list.
+//!    allow-list for all threads; then [`filter_vp`] on each VP's thread, a much shorter list, and [`filter_writer`] on
+//!    the thread that writes the firmware's variables for them.
 //!
 //! What the host refuses is not silently left out: both say what is in force and what is missing.
 
@@ -24,6 +25,10 @@ pub struct Files {
     pub read: Vec<PathBuf>,
     /// For reading and writing; of a folder, everything in it, with creating, renaming and removing.
     pub write: Vec<PathBuf>,
+    /// Folders in which files are written anew and renamed, but not read.
+    pub replace: Vec<PathBuf>,
+    /// Folders in which sockets are made and removed.
+    pub sockets: Vec<PathBuf>,
 }
 
 /// Descriptors that a worker may have: disks of long chains, clients, event descriptors of channels.
@@ -64,4 +69,12 @@ pub fn filter(report: &mut Sandbox) {
 /// When the host refuses.
 pub fn filter_vp() -> Result<(), String> {
     calls::restrict_vp()
+}
+
+/// Second step for the thread that replaces files for VPs, after [`filter`].
+///
+/// # Errors
+/// When the host refuses.
+pub fn filter_writer() -> Result<(), String> {
+    calls::restrict_writer()
 }

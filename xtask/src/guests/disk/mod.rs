@@ -8,6 +8,7 @@
 
 mod dvd;
 mod gpt;
+mod ordinary;
 mod root;
 
 use super::sources::HostSources;
@@ -34,8 +35,8 @@ const ESP_GRUB_CFG: &str =
 /// Tools that building an item takes.
 pub fn needs(item: &Item) -> &'static [&'static str] {
     match (item.kind, item.suite) {
-        (Kind::Disk, "trixie") => &["mmdebstrap", "mke2fs", "disk-tools", "shim-signed-13", "grub-efi-13"],
-        (Kind::Disk, _) => &["mmdebstrap", "mke2fs", "disk-tools", "shim-signed", "grub-efi"],
+        (Kind::Disk, "trixie") => &["mmdebstrap", "fakeroot", "mke2fs", "disk-tools", "shim-signed-13", "grub-efi-13"],
+        (Kind::Disk, _) => &["mmdebstrap", "fakeroot", "mke2fs", "disk-tools", "shim-signed", "grub-efi"],
         (Kind::Dvd, _) => &["disk-tools", "shim-signed", "grub-efi", "bookworm-cloud", "busybox"],
         _ => &[],
     }

@@ -1,7 +1,7 @@
 //! The root file system: what `mmdebstrap` is told.
 
 use super::super::{Guests, Item};
-use super::{HostSources, root_uuid, run, tool};
+use super::{HostSources, ordinary, root_uuid, run, tool};
 use crate::guests::sources::host_acquire_settings;
 use anyhow::{Context, Result};
 use std::fs;
@@ -72,7 +72,15 @@ pub fn make_tar(guests: &Guests, item: &Item, sources: &HostSources, work: &Path
         fs::write(work.join(file), text)?;
     }
     let (perl, version) = find_perl(&tree)?;
-    let mut command = tool(guests, "mmdebstrap", &perl);
+    let perl = tool(guests, "mmdebstrap", &perl);
+    let (mut command, before, after) = if ordinary::is_needed() {
+        let mut command = ordinary::command(guests, &work)?;
+        command.arg(perl.get_program()).args(perl.get_args()).env("LC_ALL", "C");
+        let (before, after) = ordinary::options(guests, &work)?;
+        (command, before, after)
+    } else {
+        (perl, Vec::new(), Vec::new())
+    };
     let libraries = [
         "usr/share/perl5".to_owned(),
         format!("usr/share/perl/{version}"),
@@ -82,6 +90,7 @@ pub fn make_tar(guests: &Guests, item: &Item, sources: &HostSources, work: &Path
     let libraries: Vec<String> = libraries.iter().map(|l| tree.join(l).display().to_string()).collect();
     command.env("PERL5LIB", libraries.join(":")).arg(tree.join("usr/bin/mmdebstrap"));
     command.args(["--quiet", "--variant=minbase", "--format=tar", "--skip=check/empty"]);
+    command.args(before);
     command.arg(format!("--include={}", item.packages.join(",")));
     for setting in host_acquire_settings()? {
         command.arg(format!("--aptopt={setting}"));
@@ -90,6 +99,7 @@ pub fn make_tar(guests: &Guests, item: &Item, sources: &HostSources, work: &Path
     command.arg(format!("--customize-hook=sh '{}' \"$1\"", work.join("after").display()));
     // The settings above are for this machine's way to the archive, not for the guest's.
     command.arg("--customize-hook=rm -f \"$1/etc/apt/apt.conf.d/99mmdebstrap\"");
+    command.args(after);
     command.arg(item.suite).arg(&tar).arg(&list).current_dir(&work);
     run(&mut command).with_context(|| format!("cannot make {}'s root file system with mmdebstrap", item.name))?;
     Ok(tar)
