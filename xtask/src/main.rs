@@ -6,6 +6,7 @@
 
 mod bench;
 mod demo;
+mod efi;
 mod guest_test;
 mod guests;
 mod initramfs;

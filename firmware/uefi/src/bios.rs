@@ -115,7 +115,8 @@ pub fn nvram<R>(
         return Err(Status::INVALID_PARAMETER);
     }
     if data.len() > DATA_BYTES {
-        return Err(Status::OUT_OF_RESOURCES);
+        // Larger than any variable may be.
+        return Err(Status::INVALID_PARAMETER);
     }
     EXCHANGE.with(|e| {
         for (to, unit) in e.name.chunks_exact_mut(2).zip(name.iter().chain(&[0])) {

@@ -129,7 +129,7 @@ pub fn create(
     if notified == EVT_NOTIFY_WAIT | EVT_NOTIFY_SIGNAL {
         return Err(Status::INVALID_PARAMETER);
     }
-    if notified != 0 && (notify.is_none() || !(TPL_CALLBACK..TPL_HIGH).contains(&tpl)) {
+    if notified != 0 && (notify.is_none() || !matches!(tpl, TPL_APPLICATION | TPL_CALLBACK | TPL_NOTIFY)) {
         return Err(Status::INVALID_PARAMETER);
     }
     Ok(STATE.with(|s| {

@@ -279,7 +279,7 @@ unsafe extern "efiapi" fn open(
         Kind::Fat(v) => match v.find(&path) {
             Ok(None) => Ok(What::FatRoot),
             Ok(Some(n)) if write && n.attributes & attribute::READ_ONLY != 0 && !n.is_directory() => {
-                Err(Status::WRITE_PROTECTED)
+                Err(Status::ACCESS_DENIED)
             }
             Ok(Some(n)) => Ok(What::Fat(n)),
             Err(FatError::NotFound) if open_mode & mode::CREATE != 0 => {
@@ -592,7 +592,10 @@ unsafe extern "efiapi" fn set_info(
         return Status::INVALID_PARAMETER;
     }
     let r = kind(f).with(|k| {
-        let (Kind::Fat(v), What::Fat(n)) = (k, &mut f.what) else { return Err(Status::WRITE_PROTECTED) };
+        let (Kind::Fat(v), What::Fat(n)) = (k, &mut f.what) else {
+            // The root of FAT has no entry in which anything could be changed; on a DVD nothing can.
+            return Err(if matches!(f.what, What::FatRoot) { Status::ACCESS_DENIED } else { Status::WRITE_PROTECTED });
+        };
         if n.is_directory() != (attributes as u8 & attribute::DIRECTORY != 0) {
             return Err(Status::ACCESS_DENIED);
         }

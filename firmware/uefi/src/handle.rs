@@ -5,7 +5,7 @@ use crate::event;
 use alloc::vec::Vec;
 use core::ffi::c_void;
 use r_efi::efi::{self, Status};
-use r_efi::protocols::driver_binding;
+use r_efi::protocols::{device_path, driver_binding};
 use uefi_core::guid::Guid;
 
 /// Attributes of OpenProtocol.
@@ -182,7 +182,7 @@ pub fn reinstall(handle: efi::Handle, guid: &Guid, old: *mut c_void, new: *mut c
         Ok(d.announce(handle, guid))
     })?;
     events.into_iter().for_each(|e| drop(event::signal(e)));
-    let _ = connect(handle, &[], true);
+    let _ = connect(handle, &[], core::ptr::null_mut(), true);
     Ok(())
 }
 
@@ -336,8 +336,14 @@ fn driver_binding_guid() -> Guid {
     Guid(*driver_binding::PROTOCOL_GUID.as_bytes())
 }
 
-/// ConnectController: drivers given first, then all by version; with `recursive`, the children too.
-pub fn connect(controller: efi::Handle, first: &[efi::Handle], recursive: bool) -> Result<(), Status> {
+/// ConnectController: drivers given first, then all by version; with `recursive`, the children too. Bus drivers get `rest`, the
+/// path of the one child that is wanted (null: all).
+pub fn connect(
+    controller: efi::Handle,
+    first: &[efi::Handle],
+    rest: *mut device_path::Protocol,
+    recursive: bool,
+) -> Result<(), Status> {
     if !is_valid(controller) {
         return Err(Status::INVALID_PARAMETER);
     }
@@ -353,22 +359,32 @@ pub fn connect(controller: efi::Handle, first: &[efi::Handle], recursive: bool) 
         }
     }
     let mut started = false;
-    for b in bindings {
-        // SAFETY: as above; the functions are the driver's own, called as the specification says.
-        unsafe {
-            if ((*b).supported)(b, controller, core::ptr::null_mut()) == Status::SUCCESS
-                && ((*b).start)(b, controller, core::ptr::null_mut()) == Status::SUCCESS
-            {
-                started = true;
-            }
+    // What one driver brings another may be waiting for: those that have not started are asked again.
+    loop {
+        let before = bindings.len();
+        bindings.retain(|b| {
+            let b = *b;
+            // SAFETY: as above; the functions are the driver's own, called as the specification says.
+            let good = unsafe {
+                ((*b).supported)(b, controller, rest) == Status::SUCCESS
+                    && ((*b).start)(b, controller, rest) == Status::SUCCESS
+            };
+            started |= good;
+            !good
+        });
+        if bindings.is_empty() || bindings.len() == before {
+            break;
         }
     }
     if recursive {
         for child in children(controller) {
-            let _ = connect(child, &[], true);
+            let _ = connect(child, &[], core::ptr::null_mut(), true);
         }
     }
-    if started { Ok(()) } else { Err(Status::NOT_FOUND) }
+    // No child is wanted where the path is at its end: then it is no failure that nobody started.
+    // SAFETY: the caller passes a device path or null.
+    let wants_none = !rest.is_null() && unsafe { rest.cast::<u8>().read() } & 0x7f == 0x7f;
+    if started || wants_none { Ok(()) } else { Err(Status::NOT_FOUND) }
 }
 
 fn children(controller: efi::Handle) -> Vec<efi::Handle> {
@@ -400,7 +416,11 @@ pub fn disconnect(controller: efi::Handle, driver: efi::Handle, child: efi::Hand
         found
     });
     let guid = driver_binding_guid();
-    let mut stopped = agents.is_empty() && driver.is_null();
+    if !driver.is_null() && get(driver, &guid).is_err() {
+        return Err(Status::INVALID_PARAMETER);
+    }
+    // Nobody manages it, or not this driver: that is what the caller wanted (UEFI 2.10, section 7.3.13).
+    let mut stopped = agents.is_empty();
     for agent in agents {
         let Ok(b) = get(agent, &guid) else { continue };
         let b = b.cast::<driver_binding::Protocol>();
@@ -428,5 +448,5 @@ pub fn disconnect(controller: efi::Handle, driver: efi::Handle, child: efi::Hand
             stopped |= good;
         }
     }
-    if stopped { Ok(()) } else { Err(Status::NOT_FOUND) }
+    if stopped { Ok(()) } else { Err(Status::DEVICE_ERROR) }
 }

@@ -150,6 +150,9 @@ unsafe extern "efiapi" fn update_package_list(
     h: Handle,
     packages: *const PackageListHeader,
 ) -> Status {
+    if h.is_null() {
+        return Status::INVALID_PARAMETER;
+    }
     let new = match list(packages) {
         Ok(l) => l,
         Err(s) => return s,

@@ -172,7 +172,9 @@ pub unsafe extern "efiapi" fn load_image(
         // SAFETY: the caller passes `size` bytes.
         unsafe { slice::from_raw_parts(source.cast(), size) }
     } else {
-        let Some(p) = &path else { return Status::INVALID_PARAMETER };
+        let Some(p) = &path else {
+            return if device_path.is_null() { Status::NOT_FOUND } else { Status::INVALID_PARAMETER };
+        };
         match read_path(p, bool::from(boot_policy)) {
             Ok(d) => {
                 data = d;

@@ -7,7 +7,7 @@
 //! | --- | --- |
 //! | [`entry`], [`arch`] | the first instructions, interrupts, ports, MSRs |
 //! | [`bios`] | the host's BiosDevice and configuration blob |
-//! | [`memory`], [`heap`] | the memory map, pages, pools |
+//! | [`memory`], [`heap`], [`paging`] | the memory map, pages, pools; page tables and memory attributes |
 //! | [`event`] | events, timers, task priority levels |
 //! | [`handle`] | the protocol database, drivers and controllers |
 //! | [`image`] | loading, starting and ending images; Secure Boot |
@@ -40,7 +40,9 @@ mod heap;
 mod hii;
 mod image;
 mod memory;
+mod memory_functions;
 mod misc;
+mod paging;
 mod runtime;
 mod tables;
 mod vmbus;

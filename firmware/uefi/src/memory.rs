@@ -139,38 +139,7 @@ pub fn init() {
         // The page tables that the host made.
         let _ = map.convert(0x70_0000, 9, efi::BOOT_SERVICES_DATA, conventional);
     });
-    map_everything(top);
-}
-
-/// Page tables of the firmware's own, in 1 GiB or 2 MiB pages: everything up to `top` mapped to itself.
-fn map_everything(top: u64) {
-    const GIB: u64 = 1 << 30;
-    let gigabytes = top.div_ceil(GIB).clamp(4, 1024);
-    let large = core::arch::x86_64::__cpuid(0x8000_0001).edx & 1 << 26 != 0;
-    let pdpts = gigabytes.div_ceil(512);
-    let pages = 1 + pdpts + if large { 0 } else { gigabytes };
-    // Below the limit that the host's tables map; enough is free there.
-    let Ok(base) = allocate(Placement::Below(0xbfff_ffff), efi::BOOT_SERVICES_DATA, pages) else { return };
-    // SAFETY: the pages were just allocated and are mapped.
-    let table = |index: u64| unsafe { &mut *((base + index * PAGE) as *mut [u64; 512]) };
-    (0..pages).for_each(|i| table(i).fill(0));
-    for g in 0..pdpts {
-        table(0)[g as usize] = base + (1 + g) * PAGE | 3;
-    }
-    for g in 0..gigabytes {
-        let entry = &mut table(1 + g / 512)[(g % 512) as usize];
-        if large {
-            *entry = g * GIB | 0x83;
-        } else {
-            let directory = 1 + pdpts + g;
-            *entry = base + directory * PAGE | 3;
-            for (i, e) in table(directory).iter_mut().enumerate() {
-                *e = g * GIB + ((i as u64) << 21) | 0x83;
-            }
-        }
-    }
-    // SAFETY: the new tables map the image, its stack and data where they are.
-    unsafe { core::arch::asm!("mov cr3, {}", in(reg) base, options(nostack, preserves_flags)) }
+    crate::paging::init(top);
 }
 
 /// Where pages may go.
@@ -230,9 +199,11 @@ pub fn free(start: u64, pages: u64) -> Result<(), Status> {
         return Err(Status::INVALID_PARAMETER);
     }
     MAP.with(|map| {
-        let used = |k: u32| allocatable(k) && k != efi::CONVENTIONAL_MEMORY && k != efi::RESERVED_MEMORY_TYPE;
-        map.convert(start, pages, efi::CONVENTIONAL_MEMORY, |k| used(k) || k == efi::RESERVED_MEMORY_TYPE)
-    })
+        map.convert(start, pages, efi::CONVENTIONAL_MEMORY, |k| allocatable(k) && k != efi::CONVENTIONAL_MEMORY)
+    })?;
+    // Whoever gets the pages next must find them as memory is.
+    crate::paging::unprotect(start, pages);
+    Ok(())
 }
 
 /// Bytes of a descriptor as GetMemoryMap returns it: more than the structure, so that nobody relies on its size.

@@ -64,6 +64,7 @@ pub fn init() {
         .cast(),
     );
     memory_attributes();
+    crate::paging::install();
     generation_id();
 }
 

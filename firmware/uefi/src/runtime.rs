@@ -175,6 +175,11 @@ unsafe extern "efiapi" fn get_next_variable_name(size: *mut usize, n: *mut Char1
         return Status::INVALID_PARAMETER;
     }
     let (Ok(from), Ok(current)) = (guid(vendor), name(n, &mut buffer)) else { return Status::INVALID_PARAMETER };
+    // The name must end inside the buffer that the caller says it has.
+    // SAFETY: not null.
+    if current.len() * 2 >= unsafe { size.read_unaligned() } {
+        return Status::INVALID_PARAMETER;
+    }
     let command = if current.is_empty() { Nvram::First } else { Nvram::Next };
     // SAFETY: pointers are checked for null; the buffer has `*size` bytes by the caller's word.
     let r = bios::nvram(command, current, &from, 0, &[], |r| unsafe {
@@ -228,20 +233,35 @@ unsafe extern "efiapi" fn query_variable_info(
     result(r)
 }
 
-unsafe extern "efiapi" fn get_next_high_mono_count(out: *mut u32) -> Status {
+/// Upper half of the monotonic count as of this start; 0: not counted yet.
+static HIGH_COUNT: Global<u32> = Global::new(0);
+
+/// The upper half, 0 if nobody has asked in this start.
+pub fn high_count() -> u32 {
+    HIGH_COUNT.with(|h| *h)
+}
+
+/// Counts the upper half on, in its variable.
+pub fn next_high_count() -> Result<u32, Status> {
     const NAME: [u16; 3] = [b'M' as u16, b'T' as u16, b'C' as u16];
+    const VENDOR: Guid = Guid::new(0x56697264, 0x4d54, 0x4321, [0x8a, 0x01, 0x76, 0x69, 0x72, 0x69, 0x64, 0x01]);
+    let old = bios::nvram(Nvram::Get, &NAME, &VENDOR, 0, &[], |r| {
+        r.bytes.get(..4).map_or(0, |b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
+    });
+    let new = old.unwrap_or(0).wrapping_add(1).max(1);
+    bios::nvram(Nvram::Set, &NAME, &VENDOR, 7, &new.to_le_bytes(), |_| ()).map_err(|_| Status::DEVICE_ERROR)?;
+    HIGH_COUNT.with(|h| *h = new);
+    Ok(new)
+}
+
+unsafe extern "efiapi" fn get_next_high_mono_count(out: *mut u32) -> Status {
     if out.is_null() {
         return Status::INVALID_PARAMETER;
     }
-    let g = uefi_core::guid::GLOBAL_VARIABLE;
-    let old = bios::nvram(Nvram::Get, &NAME, &g, 0, &[], |r| {
-        r.bytes.get(..4).map_or(0, |b| u32::from_le_bytes([b[0], b[1], b[2], b[3]]))
-    });
-    let new = old.unwrap_or(0).wrapping_add(1);
-    match bios::nvram(Nvram::Set, &NAME, &g, 7, &new.to_le_bytes(), |_| ()) {
+    match next_high_count() {
         // SAFETY: not null.
-        Ok(()) => result(unsafe { put(out, new) }),
-        Err(_) => Status::DEVICE_ERROR,
+        Ok(new) => result(unsafe { put(out, new) }),
+        Err(s) => s,
     }
 }
 
@@ -407,6 +427,24 @@ unsafe extern "efiapi" fn update_capsule(
     if count == 0 || capsules.is_null() {
         return Status::INVALID_PARAMETER;
     }
+    // Each of the other two says what follows a reset that the capsule must survive (UEFI 2.10, section 8.5.3.2).
+    const PERSIST_ACROSS_RESET: u32 = 0x1_0000;
+    const POPULATE_SYSTEM_TABLE: u32 = 0x2_0000;
+    const INITIATE_RESET: u32 = 0x4_0000;
+    for i in 0..count.min(64) {
+        // SAFETY: the caller passes `count` pointers to capsules' headers.
+        let flags = unsafe {
+            let c = capsules.add(i).read_unaligned();
+            if c.is_null() {
+                return Status::INVALID_PARAMETER;
+            }
+            (&raw const (*c).flags).read_unaligned()
+        };
+        let follows = flags & (POPULATE_SYSTEM_TABLE | INITIATE_RESET) != 0;
+        if follows && flags & PERSIST_ACROSS_RESET == 0 {
+            return Status::INVALID_PARAMETER;
+        }
+    }
     Status::UNSUPPORTED
 }
 unsafe extern "efiapi" fn query_capsule_capabilities(
@@ -468,7 +506,10 @@ unsafe extern "efiapi" fn set_virtual_address_map(
     }
     MAP.with(|m| *m = (map as usize, size / descriptor_size, descriptor_size));
     let [start, ..] = crate::entry::image();
-    let Some(new) = to_virtual(start) else { return Status::NOT_FOUND };
+    let Some(new) = to_virtual(start) else {
+        MAP.with(|m| *m = (0, 0, 0));
+        return Status::NO_MAPPING;
+    };
     VIRTUAL.store(true, Ordering::Relaxed);
     event::virtual_address_change();
     // The pointers that others see; the functions' own addresses are relocations like all others.

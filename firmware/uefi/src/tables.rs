@@ -33,7 +33,8 @@ struct Place(core::cell::UnsafeCell<core::mem::MaybeUninit<Tables>>);
 unsafe impl Sync for Place {}
 static TABLES: Place = Place(core::cell::UnsafeCell::new(core::mem::MaybeUninit::uninit()));
 
-static MONOTONIC: Global<u64> = Global::new(0);
+/// Lower half of the monotonic count.
+static MONOTONIC: Global<u32> = Global::new(0);
 
 /// The tables. They are in the firmware's image, which is runtime memory.
 pub fn get() -> *mut Tables {
@@ -581,12 +582,23 @@ unsafe extern "efiapi" fn install_configuration_table(g: *mut efi::Guid, table: 
 }
 
 unsafe extern "efiapi" fn get_next_monotonic_count(out: *mut u64) -> Status {
-    let n = MONOTONIC.with(|m| {
-        *m += 1;
+    if out.is_null() {
+        return Status::INVALID_PARAMETER;
+    }
+    let low = MONOTONIC.with(|m| {
+        *m = m.wrapping_add(1);
         *m
     });
-    // SAFETY: the caller passes a counter's address or null.
-    result(unsafe { put(out, n) })
+    // The upper half counts starts (and overflows); it moves on when a machine is first asked.
+    let high = match (low, crate::runtime::high_count()) {
+        (0 | 1, _) | (_, 0) => crate::runtime::next_high_count(),
+        (_, high) => Ok(high),
+    };
+    match high {
+        // SAFETY: not null.
+        Ok(high) => result(unsafe { put(out, u64::from(high) << 32 | u64::from(low)) }),
+        Err(s) => s,
+    }
 }
 unsafe extern "efiapi" fn stall(microseconds: usize) -> Status {
     crate::arch::stall(microseconds as u64);
@@ -604,7 +616,7 @@ unsafe extern "efiapi" fn set_watchdog_timer(seconds: usize, code: u64, _: usize
 unsafe extern "efiapi" fn connect_controller(
     controller: efi::Handle,
     drivers: *mut efi::Handle,
-    _rest: *mut device_path::Protocol,
+    rest: *mut device_path::Protocol,
     recursive: Boolean,
 ) -> Status {
     let mut first = Vec::new();
@@ -618,7 +630,7 @@ unsafe extern "efiapi" fn connect_controller(
             }
         }
     }
-    result(handle::connect(controller, &first, bool::from(recursive)))
+    result(handle::connect(controller, &first, rest, bool::from(recursive)))
 }
 unsafe extern "efiapi" fn disconnect_controller(
     controller: efi::Handle,

@@ -26,11 +26,13 @@ pub mod kind {
     pub const ACPI_HID: u8 = 1;
     pub const ACPI_ADR: u8 = 3;
     pub const MSG_SCSI: u8 = 2;
+    pub const MSG_USB: u8 = 5;
     pub const MSG_VENDOR: u8 = 10;
     pub const MSG_MAC: u8 = 11;
     pub const MSG_IPV4: u8 = 12;
     pub const MSG_IPV6: u8 = 13;
     pub const MSG_UART: u8 = 14;
+    pub const MSG_SATA: u8 = 18;
     pub const MSG_URI: u8 = 24;
     pub const MEDIA_HARD_DRIVE: u8 = 1;
     pub const MEDIA_CDROM: u8 = 2;

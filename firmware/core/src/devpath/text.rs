@@ -81,6 +81,14 @@ fn known(node: &Node<'_>) -> Option<String> {
             exact(4)?;
             format!("Scsi(0x{:X},0x{:X})", u16_at(d, 0)?, u16_at(d, 2)?)
         }
+        (kind::MESSAGING, kind::MSG_USB) => {
+            exact(2)?;
+            format!("USB(0x{:X},0x{:X})", d[0], d[1])
+        }
+        (kind::MESSAGING, kind::MSG_SATA) => {
+            exact(6)?;
+            format!("Sata(0x{:X},0x{:X},0x{:X})", u16_at(d, 0)?, u16_at(d, 2)?, u16_at(d, 4)?)
+        }
         (kind::MESSAGING, kind::MSG_VENDOR) => vendor("VenMsg", d)?,
         (kind::MESSAGING, kind::MSG_MAC) => {
             exact(33)?;
@@ -242,6 +250,11 @@ fn node_from_text(path: DevicePath, part: &str) -> Option<DevicePath> {
         }
         "AcpiAdr" => path.with(kind::ACPI, kind::ACPI_ADR, &n32(0)?.to_le_bytes()),
         "Scsi" => path.scsi(n16(0)?, n16(1)?),
+        "USB" => path.with(kind::MESSAGING, kind::MSG_USB, &[n8(0)?, n8(1)?]),
+        "Sata" => {
+            let words = [n16(0)?, n16(1)?, n16(2)?].map(u16::to_le_bytes);
+            path.with(kind::MESSAGING, kind::MSG_SATA, &words.concat())
+        }
         "MAC" => {
             let mut d = bytes(args.first()?)?;
             if d.len() > 32 {

@@ -6,6 +6,7 @@
 
 pub mod auth;
 pub mod file;
+mod globals;
 
 use crate::guid::{GLOBAL_VARIABLE, Guid, IMAGE_SECURITY_DATABASE};
 use alloc::collections::BTreeMap;
@@ -229,16 +230,21 @@ impl VariableStore {
         }
         let key = (vendor, name.to_vec());
         let old = self.variables.get(&key);
+        // One that an earlier version has let in can still be removed.
+        if old.is_none() && globals::is_defined(name, &vendor) == Some(false) {
+            return Err(InvalidParameter);
+        }
         if self.runtime {
             if old.is_some_and(|v| v.attributes & RUNTIME_ACCESS == 0) {
+                return Err(WriteProtected);
+            }
+            // Volatile ones can only be read now.
+            if old.is_some_and(|v| v.attributes & NON_VOLATILE == 0) {
                 return Err(WriteProtected);
             }
             let deletes = data.is_empty() || attributes & (BOOTSERVICE_ACCESS | RUNTIME_ACCESS) == 0;
             if !deletes && attributes & (NON_VOLATILE | RUNTIME_ACCESS) != NON_VOLATILE | RUNTIME_ACCESS {
                 return Err(InvalidParameter);
-            }
-            if old.is_some_and(|v| v.attributes & NON_VOLATILE == 0) {
-                return Err(WriteProtected);
             }
         }
         let secure = SecureName::of(name, vendor);
@@ -279,7 +285,10 @@ impl VariableStore {
         let new = size(&key.1, &variable.data);
         let old = self.variables.get(&key).map_or(0, |v| size(&key.1, &v.data));
         let total = if persistent { self.quota.non_volatile } else { self.quota.volatile };
-        if new > self.quota.variable || self.used(persistent) - old.min(self.used(persistent)) + new > total {
+        if new > self.quota.variable {
+            return Err(VariableError::InvalidParameter);
+        }
+        if self.used(persistent) - old.min(self.used(persistent)) + new > total {
             return Err(VariableError::OutOfResources);
         }
         self.variables.insert(key, variable);

@@ -47,7 +47,7 @@ fn attributes_are_checked() {
     assert_eq!(s.set(&n, VENDOR, NV_BS_RT | 0x30, &[1]), Err(InvalidParameter));
     assert_eq!(s.set(&n, VENDOR, HARDWARE_ERROR_RECORD | 2, &[1]), Err(InvalidParameter));
     assert_eq!(s.set(&name("SecureBoot"), GLOBAL_VARIABLE, 6, &[1]), Err(WriteProtected));
-    assert_eq!(s.set(&n, VENDOR, NV_BS_RT, &vec![0; 2047]), Err(OutOfResources));
+    assert_eq!(s.set(&n, VENDOR, NV_BS_RT, &vec![0; 2047]), Err(InvalidParameter));
 }
 
 #[test]

@@ -256,7 +256,8 @@ unsafe extern "efiapi" fn register_key_notify(
     function: stix::KeyNotifyFunction,
     out: *mut *mut c_void,
 ) -> Status {
-    if data.is_null() || out.is_null() {
+    // The binding's type knows no null function, callers do.
+    if data.is_null() || out.is_null() || core::hint::black_box(function as usize) == 0 {
         return Status::INVALID_PARAMETER;
     }
     // SAFETY: not null.

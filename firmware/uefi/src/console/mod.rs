@@ -7,6 +7,7 @@ pub mod graphics;
 pub mod input;
 pub mod output;
 pub mod serial;
+mod serial_io;
 
 use crate::config;
 use core::fmt::{self, Write};
@@ -21,6 +22,7 @@ pub fn init() {
     graphics::init();
     output::init();
     input::init();
+    serial_io::init();
 }
 
 /// Says something when nothing else works any more.

@@ -3,7 +3,7 @@
 use crate::arch::{in8, out8};
 use core::sync::atomic::{AtomicBool, Ordering};
 
-const BASE: u16 = 0x3f8;
+pub const BASE: u16 = 0x3f8;
 static PRESENT: AtomicBool = AtomicBool::new(false);
 
 /// Sets 115200 8N1 if the machine has a COM1.

@@ -5,6 +5,7 @@
 
 pub mod channel;
 mod keyboard;
+mod pass_thru;
 pub mod storage;
 
 use crate::arch::{self, hv, rdmsr, wrmsr};

@@ -1,6 +1,7 @@
 //! Synthetic SCSI (facts: Linux `drivers/scsi/storvsc_drv.c`): disks and DVDs of a controller.
 
 use super::channel::Channel;
+use super::pass_thru;
 use crate::cell::Global;
 use crate::{arch, disk, log};
 use alloc::vec;
@@ -89,7 +90,8 @@ impl Controller {
         self.operation(operation::QUERY_PROPERTIES, &[]) && self.operation(operation::END_INITIALIZATION, &[])
     }
 
-    fn command(&mut self, lun: u8, cdb: &[u8], data: Data, buffer: u64, len: u32) -> Result<u32, ScsiError> {
+    /// Executes a command and tells what the host says of it; nothing if it does not answer.
+    fn execute(&mut self, lun: u8, cdb: &[u8], data: Data, buffer: u64, len: u32) -> Option<Outcome> {
         let mut r = ScsiRequest::new_zeroed();
         r.length = if self.old { 0x24 } else { 0x34 };
         r.lun = lun;
@@ -112,23 +114,60 @@ impl Controller {
         let mut m = Vec::with_capacity(PACKET);
         m.extend_from_slice(PacketHeader { operation: operation::EXECUTE_SRB, flags: 1, status: 0 }.as_bytes());
         m.extend_from_slice(r.as_bytes());
-        let answer = self.transact(&m, buffer, len).ok_or(ScsiError::Failed)?;
-        let (_, rest) = PacketHeader::read_from_prefix(&answer).map_err(|_| ScsiError::Failed)?;
+        let answer = self.transact(&m, buffer, len)?;
+        let (_, rest) = PacketHeader::read_from_prefix(&answer).ok()?;
         // An old host's request is shorter.
         let mut full = [0u8; 0x34];
         let n = rest.len().min(0x34);
         full[..n].copy_from_slice(&rest[..n]);
-        let a = ScsiRequest::read_from_bytes(&full).map_err(|_| ScsiError::Failed)?;
-        match (a.srb_status & 0x3f, a.scsi_status) {
-            (srb::SUCCESS, 0) => Ok(a.transfer_length),
+        let a = ScsiRequest::read_from_bytes(&full).ok()?;
+        Some(Outcome {
+            transferred: a.transfer_length.min(len),
+            srb: a.srb_status & 0x3f,
+            status: a.scsi_status,
+            sense: a.cdb_or_sense,
+            sense_length: usize::from(a.sense_length).min(a.cdb_or_sense.len()),
+        })
+    }
+
+    fn command(&mut self, lun: u8, cdb: &[u8], data: Data, buffer: u64, len: u32) -> Result<u32, ScsiError> {
+        let a = self.execute(lun, cdb, data, buffer, len).ok_or(ScsiError::Failed)?;
+        match (a.srb, a.status) {
+            (srb::SUCCESS, 0) => Ok(a.transferred),
             (srb::INVALID_LUN, _) => Err(ScsiError::NoUnit),
-            (_, 2) => {
-                let s = &a.cdb_or_sense;
-                Err(ScsiError::Sense(s[2] & 15, s[12], s[13]))
-            }
+            (_, 2) => Err(ScsiError::Sense(a.sense[2] & 15, a.sense[12], a.sense[13])),
             _ => Err(ScsiError::Failed),
         }
     }
+}
+
+/// What became of a command.
+pub struct Outcome {
+    /// Bytes of data that were transferred.
+    pub transferred: u32,
+    /// SRB status without its flags.
+    pub srb: u8,
+    /// SCSI status: 2 is CHECK CONDITION.
+    pub status: u8,
+    /// Sense data, if there is any.
+    pub sense: [u8; 20],
+    /// How many bytes of it there are.
+    pub sense_length: usize,
+}
+
+/// Executes a command for whoever wants the whole answer.
+pub fn execute(
+    controller: usize,
+    lun: u8,
+    cdb: &[u8],
+    data: Data,
+    buffer: *mut u8,
+    len: usize,
+) -> Result<Outcome, ScsiError> {
+    CONTROLLERS.with(|all| {
+        let c = all.get_mut(controller).ok_or(ScsiError::NoUnit)?;
+        c.execute(lun, cdb, data, buffer as u64, len as u32).ok_or(ScsiError::Failed)
+    })
 }
 
 /// Executes a command on a unit of a controller.
@@ -162,7 +201,9 @@ pub fn start(offer: &Offer) {
         all.len() - 1
     });
     let path = super::device_path(offer);
-    for lun in units(index) {
+    let found = units(index);
+    pass_thru::install(index, &path, &found);
+    for lun in found {
         disk::add(ScsiUnit { controller: index, lun }, &path.clone().scsi(0, u16::from(lun)));
     }
 }

@@ -1,6 +1,7 @@
 //! Tests that start from the firmware: Debian's signed chain from disk and DVD, what Secure Boot refuses, and the EFI
 //! programs that must work without it.
 
+mod conformance;
 mod keys;
 mod linux;
 mod machine;
@@ -23,14 +24,16 @@ pub enum Scenario {
     Refusals,
     /// The UEFI shell runs a script; KeyTool, systemd-boot and iPXE come up; a kernel boots from systemd-boot.
     Programs,
+    /// Every service's and protocol's answers, against the specification and against OVMF.
+    Conformance,
     /// memtest86+ runs a pass.
     Memtest,
 }
 
 impl Scenario {
     /// All.
-    pub const ALL: [Self; 6] =
-        [Self::Debian12, Self::Debian13, Self::Dvd, Self::Refusals, Self::Programs, Self::Memtest];
+    pub const ALL: [Self; 7] =
+        [Self::Debian12, Self::Debian13, Self::Dvd, Self::Refusals, Self::Programs, Self::Conformance, Self::Memtest];
 
     /// Name.
     pub fn name(self) -> &'static str {
@@ -40,6 +43,7 @@ impl Scenario {
             Self::Dvd => "dvd",
             Self::Refusals => "refusals",
             Self::Programs => "programs",
+            Self::Conformance => "conformance",
             Self::Memtest => "memtest86",
         }
     }
@@ -66,6 +70,7 @@ impl Scenario {
             Self::Programs => {
                 &["disk-tools", "efitools", "efi-shell", "ipxe", "systemd-boot", "bookworm-cloud", "busybox"]
             }
+            Self::Conformance => &["disk-tools", "qemu", "ovmf"],
             Self::Memtest => &["disk-tools", "memtest86", "efi-shell"],
         }
     }
@@ -81,6 +86,7 @@ impl Scenario {
             Self::Dvd => linux::dvd(bench, folder),
             Self::Refusals => programs::refusals(bench, folder),
             Self::Programs => programs::work(bench, folder),
+            Self::Conformance => conformance::check(bench, folder),
             Self::Memtest => programs::memtest(bench, folder),
         }
     }

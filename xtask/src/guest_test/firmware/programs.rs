@@ -9,7 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Where the removable-media path leads.
-const DEFAULT: &str = "EFI/BOOT/BOOTX64.EFI";
+pub const DEFAULT: &str = "EFI/BOOT/BOOTX64.EFI";
 
 fn text(path: &Path) -> Result<&str> {
     path.to_str().context("a path that is not UTF-8")
@@ -204,9 +204,10 @@ pub fn memtest(bench: &Bench, folder: &Path) -> Result<()> {
     let arguments = ["--memory", "256M", "--secure-boot", "off", "--disk", text(&disk)?];
     let mut machine = Machine::start(bench, folder, "memtest", &arguments)?;
     machine.expect("Memtest86")?;
-    // The bit fade test alone waits for 160 seconds.
-    let limit = std::time::Duration::from_secs(400 * u64::from(bench.patience));
-    machine.expect_within("Pass completed", limit)?;
-    ensure!(machine.text().contains("Errors: 0"), "memtest86+ does not count its errors");
+    // About four minutes on a quiet host, of which the bit fade test alone only waits for most.
+    let limit = std::time::Duration::from_secs(900 * u64::from(bench.patience));
+    machine.expect_within("Pass:  1        Errors: 0 ", limit)?;
+    let errors = machine.text().split("Errors: ").skip(1).any(|rest| !rest.starts_with("0 "));
+    ensure!(!errors, "memtest86+ has counted errors");
     Ok(())
 }
