@@ -75,6 +75,9 @@ struct TestArgs {
     /// Duration of the long stress test in seconds
     #[arg(long, default_value_t = 60)]
     stress_seconds: u32,
+    /// Duration of each fuzz target in seconds (two run at a time); 0 leaves the step out
+    #[arg(long, default_value_t = 60)]
+    fuzz_seconds: u32,
     /// Run guest tests on the optimised binary
     #[arg(long)]
     release: bool,
@@ -263,6 +266,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
             list: args.list,
             long: args.long,
             stress_seconds: args.stress_seconds,
+            fuzz_seconds: args.fuzz_seconds,
             release: args.release,
             patience: args.patience,
         }),

@@ -22,6 +22,8 @@ pub struct Options {
     pub long: bool,
     /// Duration of the long stress run.
     pub stress_seconds: u32,
+    /// Duration of each fuzz target; 0 leaves them to the unit tests.
+    pub fuzz_seconds: u32,
     /// Run the optimised binary.
     pub release: bool,
     /// Factor on time limits.
@@ -46,6 +48,28 @@ const NEXTEST: Step = Step {
 const EXAMPLES: Step = Step { name: "doc-examples", arguments: &["test", "--workspace", "--doc", "--quiet"] };
 const PLAIN: Step = Step { name: "unit-tests", arguments: &["test", "--workspace", "--no-fail-fast", "--quiet"] };
 
+/// Every target that makes up its own input, for [`Options::fuzz_seconds`] each and two at a time; in `unit-tests` the same ones
+/// run for a few seconds. What is named here by test honours the variable as the `fuzz` binaries do.
+const FUZZ: Step = Step {
+    name: "fuzz",
+    arguments: &[
+        "nextest",
+        "run",
+        "--workspace",
+        "--no-fail-fast",
+        "--status-level",
+        "pass",
+        "--hide-progress-bar",
+        "--test-threads",
+        "2",
+        "--filterset",
+        "binary(fuzz) + binary(hostile_code) + test(/random_accesses|damaged_images_never_panic|random_commands_are_answered/)",
+    ],
+};
+/// The most of them, without nextest.
+const PLAIN_FUZZ: Step =
+    Step { name: "fuzz", arguments: &["test", "--workspace", "--test", "fuzz", "--test", "hostile_code", "--quiet"] };
+
 /// What must be left of the host's memory beside a guest's.
 const HOST_RESERVE_MIB: u32 = 1024;
 
@@ -63,7 +87,10 @@ fn host_memory_mib() -> u32 {
 /// When cargo itself cannot be started.
 pub fn run(options: &Options) -> Result<ExitCode> {
     let wanted = |name: &str| options.only.as_ref().is_none_or(|o| name.contains(o.as_str()));
-    let units: &[Step] = if has_nextest() { &[NEXTEST, EXAMPLES] } else { &[PLAIN] };
+    let nextest = has_nextest();
+    let units: &[Step] = if nextest { &[NEXTEST, EXAMPLES] } else { &[PLAIN] };
+    let fuzz = if nextest { &FUZZ } else { &PLAIN_FUZZ };
+    let fuzz = (options.fuzz_seconds > 0).then_some(fuzz);
     let mut cases = guest_test::all(options.stress_seconds);
     cases.retain(|c| {
         let named = options.only.as_ref().is_some_and(|o| c.name.contains(o.as_str()));
@@ -72,7 +99,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
             && (!c.long || options.long || (named && options.only.as_deref() == Some(&c.name)))
             && (!c.viridian_only || options.contender != "qemu")
     });
-    let steps: Vec<&Step> = CHECKS.iter().chain(units).filter(|s| wanted(s.name)).collect();
+    let steps: Vec<&Step> = CHECKS.iter().chain(units).chain(fuzz).filter(|s| wanted(s.name)).collect();
     let available = host_memory_mib();
     let listed = cases.len();
     cases.retain(|c| c.memory_mib() + HOST_RESERVE_MIB <= available);
@@ -91,7 +118,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
 
     let mut tally = Tally::default();
     for step in steps {
-        tally.add(run_step(step)?);
+        tally.add(run_step(step, options)?);
     }
     if !options.no_guests && !cases.is_empty() {
         println!("guest tests on {} ({} cases)", options.contender, cases.len());
@@ -124,11 +151,14 @@ fn has_nextest() -> bool {
 
 /// Runs one step, passes its output on, and counts the tests that its own summaries speak of; a step without a
 /// summary is one test.
-fn run_step(step: &Step) -> Result<Tally> {
+fn run_step(step: &Step, options: &Options) -> Result<Tally> {
     println!("{}: cargo {}", step.name, step.arguments.join(" "));
     let started = Instant::now();
     let mut command = Command::new(env!("CARGO"));
-    if step.name == NEXTEST.name {
+    if step.name == FUZZ.name {
+        command.env("VIRIDIAN_FUZZ_SECONDS", options.fuzz_seconds.to_string());
+    }
+    if [NEXTEST.name, FUZZ.name].contains(&step.name) {
         // Secure Boot's rule is tested on real images, and disk images against other programs: all are packages.
         let guests = Guests::locate();
         match guests.ensure(&["efi-images", "qemu-img", "libvhdi"]) {

@@ -18,6 +18,7 @@
 //! | [`media`], [`files`] | block and disk I/O; the file protocol |
 //! | [`paths`], [`small`] | device path utilities; random numbers, collation, HII |
 //! | [`devices`] | SCSI pass thru, serial I/O, memory attributes |
+//! | [`loader`] | nothing: says from where it was started, for tests of the boot manager |
 //! | [`farewell`] | ExitBootServices, virtual addresses, and what works after them |
 //!
 //! The whole program is calls through raw pointers that the firmware gave, many of them wrong on purpose: what is wrong in each
@@ -36,6 +37,7 @@ mod farewell;
 mod files;
 mod handles;
 mod images;
+mod loader;
 mod media;
 mod memory;
 #[path = "../../uefi/src/memory_functions.rs"]
@@ -61,6 +63,9 @@ pub unsafe extern "efiapi" fn efi_main(image: Handle, table: *mut SystemTable) -
     }
     if files::exists("\\watchdog") {
         return services::bite();
+    }
+    if files::exists("\\say") {
+        return loader::run();
     }
     report::text("\r\nCONFORMANCE-BEGIN\r\n");
     services::run();

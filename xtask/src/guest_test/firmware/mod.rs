@@ -1,6 +1,7 @@
 //! Tests that start from the firmware: Debian's signed chain from disk and DVD, what Secure Boot refuses, and the EFI
 //! programs that must work without it.
 
+mod boot;
 mod conformance;
 mod keys;
 mod linux;
@@ -26,14 +27,27 @@ pub enum Scenario {
     Programs,
     /// Every service's and protocol's answers, against the specification and against OVMF.
     Conformance,
+    /// `--boot`, boot options, `--boot-failure`, the watchdog.
+    BootOrder,
+    /// Programs signed with a key of the user's own run under Secure Boot.
+    Signed,
     /// memtest86+ runs a pass.
     Memtest,
 }
 
 impl Scenario {
     /// All.
-    pub const ALL: [Self; 7] =
-        [Self::Debian12, Self::Debian13, Self::Dvd, Self::Refusals, Self::Programs, Self::Conformance, Self::Memtest];
+    pub const ALL: [Self; 9] = [
+        Self::Debian12,
+        Self::Debian13,
+        Self::Dvd,
+        Self::Refusals,
+        Self::Programs,
+        Self::Conformance,
+        Self::BootOrder,
+        Self::Signed,
+        Self::Memtest,
+    ];
 
     /// Name.
     pub fn name(self) -> &'static str {
@@ -44,6 +58,8 @@ impl Scenario {
             Self::Refusals => "refusals",
             Self::Programs => "programs",
             Self::Conformance => "conformance",
+            Self::BootOrder => "boot-order",
+            Self::Signed => "signed",
             Self::Memtest => "memtest86",
         }
     }
@@ -71,6 +87,8 @@ impl Scenario {
                 &["disk-tools", "efitools", "efi-shell", "ipxe", "systemd-boot", "bookworm-cloud", "busybox"]
             }
             Self::Conformance => &["disk-tools", "qemu", "ovmf"],
+            Self::BootOrder => &["disk-tools"],
+            Self::Signed => &["disk-tools", "efitools", "efi-shell", "memtest86", "ipxe", "systemd-boot"],
             Self::Memtest => &["disk-tools", "memtest86", "efi-shell"],
         }
     }
@@ -87,6 +105,8 @@ impl Scenario {
             Self::Refusals => programs::refusals(bench, folder),
             Self::Programs => programs::work(bench, folder),
             Self::Conformance => conformance::check(bench, folder),
+            Self::BootOrder => boot::order(bench, folder),
+            Self::Signed => programs::signed(bench, folder),
             Self::Memtest => programs::memtest(bench, folder),
         }
     }

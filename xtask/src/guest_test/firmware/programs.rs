@@ -193,6 +193,65 @@ pub fn work(bench: &Bench, folder: &Path) -> Result<()> {
     machine.powered_off()
 }
 
+/// The programs signed with a key of the user's own, whose certificate is in the template: Secure Boot lets them run, and keeps
+/// to its rule for what they load.
+pub fn signed(bench: &Bench, folder: &Path) -> Result<()> {
+    let mine = Key::new(bench.guests, folder, "mine")?;
+    let keys = folder.join("template.pem");
+    template(&keys, &[&mine])?;
+    let programs = unsigned(bench)?;
+    let signed = |name: &str| -> Result<PathBuf> {
+        let (_, source) = programs.iter().find(|p| p.0 == name).with_context(|| format!("no {name}"))?;
+        let target = folder.join(format!("{name}.efi"));
+        mine.sign(bench.guests, source, &target)?;
+        Ok(target)
+    };
+    let start = |name: &str, files: &[(&Path, &str)]| -> Result<Machine> {
+        let disk = folder.join(format!("{name}.img"));
+        fat_disk(bench, &disk, 16, files)?;
+        let arguments = ["--memory", "256M", "--secure-boot-template", text(&keys)?, "--disk", text(&disk)?];
+        Machine::start(bench, folder, name, &arguments)
+    };
+
+    let script = folder.join("startup.nsh");
+    fs::write(&script, "fs0:\\hello.efi\r\n")?;
+    let hello = &programs.iter().find(|p| p.0 == "HelloWorld").context("no HelloWorld")?.1;
+    let files: [(&Path, &str); 4] = [
+        (&signed("shell")?, DEFAULT),
+        (&script, "startup.nsh"),
+        (hello, "hello.efi"),
+        (&signed("memtest")?, "memtest.efi"),
+    ];
+    let mut machine = start("shell", &files)?;
+    machine.expect("Security Violation").context("an unsigned program from a signed shell")?;
+    machine.expect("Shell>")?;
+    machine.type_serial("fs0:\\memtest.efi console=ttyS0,115200\r")?;
+    machine.expect("Memtest86+ v").context("signed memtest86+")?;
+    drop(machine);
+
+    let mut machine = start("KeyTool", &[(&signed("KeyTool")?, DEFAULT)])?;
+    machine.expect("KeyTool main menu").context("signed KeyTool")?;
+    drop(machine);
+    let mut machine = start("ipxe", &[(&signed("ipxe")?, DEFAULT)])?;
+    machine.expect("Press Ctrl-B").context("signed iPXE")?;
+    drop(machine);
+    let loader = folder.join("loader.conf");
+    fs::write(&loader, "timeout 30\n")?;
+    let entry = folder.join("entry.conf");
+    fs::write(&entry, "title Small Linux\nlinux /vmlinuz\n")?;
+    let nothing = folder.join("vmlinuz");
+    fs::write(&nothing, "not a kernel")?;
+    let files: [(&Path, &str); 4] = [
+        (&signed("systemd-boot")?, DEFAULT),
+        (&loader, "loader/loader.conf"),
+        (&entry, "loader/entries/small.conf"),
+        (&nothing, "vmlinuz"),
+    ];
+    let mut machine = start("systemd-boot", &files)?;
+    machine.expect("Small Linux").context("signed systemd-boot")?;
+    Ok(())
+}
+
 /// A pass of memtest86+ on 256 MiB, seen on its serial console.
 pub fn memtest(bench: &Bench, folder: &Path) -> Result<()> {
     let script = folder.join("startup.nsh");
