@@ -292,7 +292,8 @@ impl Lower<'_> {
     pub(super) fn inside(&self, target: u64) -> bool {
         let page = &self.page[..self.page.len().min(0x1000)];
         let offset = self.origin.offset(target) as usize;
-        let near_end = offset + 15 > page.len();
+        // A target in front of the page has an offset that wraps.
+        let near_end = offset.saturating_add(15) > page.len();
         let goes_on = || plan::goes_on(page.get(offset..).unwrap_or_default(), self.origin.bits());
         offset < 0x1000 && !(near_end && goes_on())
     }
