@@ -121,6 +121,34 @@ impl BlobBuilder {
         self.record(kind::PROCESSOR_INFORMATION, &d)
     }
 
+    /// Adds what tells the machine from others: entropy, a GUID and texts of it, the same for all starts in this process.
+    #[must_use]
+    pub fn identity(self) -> Self {
+        static ID: std::sync::OnceLock<[u8; 16]> = std::sync::OnceLock::new();
+        // Without random numbers of the host the machine still starts; it is only not told from others.
+        let random = |bytes: &mut [u8]| {
+            let _ = getrandom::fill(bytes);
+        };
+        let id = ID.get_or_init(|| {
+            let mut id = [0; 16];
+            random(&mut id);
+            // Version 4 of RFC 9562, in the byte order of EFI.
+            id[7] = id[7] & 0x0f | 0x40;
+            id[8] = id[8] & 0x3f | 0x80;
+            id
+        });
+        let mut entropy = [0; 64];
+        random(&mut entropy);
+        let text = uefi_core::guid::Guid(*id).to_string();
+        self.record(kind::ENTROPY, &entropy)
+            .record(kind::BIOS_GUID, id)
+            .text(kind::SMBIOS_SYSTEM_MANUFACTURER, "Viridian")
+            .text(kind::SMBIOS_SYSTEM_PRODUCT, "Virtual Machine")
+            .text(kind::SMBIOS_SYSTEM_SERIAL, &text)
+            .text(kind::SMBIOS_BASE_SERIAL, &text)
+            .text(kind::SMBIOS_CHASSIS_SERIAL, &text)
+    }
+
     /// The blob, with its first record.
     pub fn build(self) -> Vec<u8> {
         let mut out = Vec::with_capacity(16 + self.records.len());

@@ -37,6 +37,17 @@ pub fn place(memory: &GuestMemory, blob: &[u8]) -> Result<(), MemoryError> {
     memory.write(Gpa(BASE), IMAGE)?;
     let len = IMAGE.len() as u64;
     memory.fill(Gpa(BASE + len), 0, MEMORY.next_multiple_of(4096) - len)?;
+    surroundings(memory, blob)
+}
+
+/// As [`place`], with an image of Hyper-V's layout instead, which is entered at [`crate::volume::entry`].
+pub fn place_image(memory: &GuestMemory, image: &[u8], blob: &[u8]) -> Result<(), MemoryError> {
+    memory.write(Gpa(BASE), image)?;
+    surroundings(memory, blob)
+}
+
+/// Page tables, descriptors and blob.
+fn surroundings(memory: &GuestMemory, blob: &[u8]) -> Result<(), MemoryError> {
     let entry = |at: u64, value: u64| memory.write(Gpa(at), &value.to_le_bytes());
     memory.fill(Gpa(PAGE_TABLES), 0, 6 * 4096)?;
     entry(PAGE_TABLES, (PAGE_TABLES + 0x1000) | 3)?;

@@ -6,6 +6,7 @@
 //!
 //! * [`device`]: the ports and what each selector does;
 //! * [`firmware`]: Viridian's own firmware image;
+//! * [`volume`]: an image in a file instead, in the layout of Hyper-V's;
 //! * [`nvram`]: UEFI variables: the rules are `uefi_core`'s, here is the in-memory protocol and the file;
 //! * [`blob`]: the configuration blob that the firmware finds in memory when it starts;
 //! * [`templates`]: which keys a new VM's Secure Boot databases hold.
@@ -19,3 +20,4 @@ pub mod device;
 pub mod firmware;
 pub mod nvram;
 pub mod templates;
+pub mod volume;

@@ -74,6 +74,9 @@ pub struct Args {
     /// What a generation 2 machine tries before its boot options in this run: disk, dvd, or a file's path (\EFI\...)
     #[arg(long, value_name = "WHAT", value_parser = boot_first, conflicts_with_all = ["kernel", "restore"])]
     boot: Option<String>,
+    /// Firmware of a generation 2 machine instead of Viridian's own: an image in the layout of Hyper-V's (MSVM.fd)
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "restore"])]
+    firmware: Option<PathBuf>,
     /// When a generation 2 machine can boot nothing: power off, or wait for a key
     #[arg(long, value_enum, default_value_t = BootFailure::PowerOff, conflicts_with = "kernel")]
     boot_failure: BootFailure,
@@ -163,6 +166,7 @@ pub fn run(args: Args, started: Instant) -> ExitCode {
                 name: "This machine".into(),
                 pause_after_failure: args.boot_failure == BootFailure::Wait,
                 first: args.boot,
+                image: args.firmware,
             },
             storage,
         }),

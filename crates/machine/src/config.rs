@@ -78,6 +78,9 @@ pub enum BootSource {
         /// What is tried before the boot options: `disk`, `dvd`, or the path of a file on any of them (`\\EFI\\...`).
         #[serde(default)]
         first: Option<String>,
+        /// A firmware image of Hyper-V's layout (`bios::volume`) instead of Viridian's own.
+        #[serde(default)]
+        image: Option<PathBuf>,
     },
     /// A raw image at a given address.
     Flat {

@@ -388,7 +388,12 @@ impl VmConfig {
                     initrd: k.initrd.clone(),
                     command_line: k.command_line.clone(),
                 },
-                None => BootSource::Firmware { name: self.name.clone(), pause_after_failure: false, first: None },
+                None => BootSource::Firmware {
+                    name: self.name.clone(),
+                    pause_after_failure: false,
+                    first: None,
+                    image: None,
+                },
             },
             storage: self.storage(),
         }

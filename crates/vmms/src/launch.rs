@@ -197,6 +197,9 @@ pub fn files_of(config: &MachineConfig, template: &Template) -> Result<Files> {
         files.read.push(kernel.clone());
         files.read.extend(initrd.clone());
     }
+    if let BootSource::Firmware { image, .. } = &config.boot {
+        files.read.extend(image.clone());
+    }
     if let Template::File(path) = template {
         files.read.push(path.clone());
     }

@@ -5,27 +5,50 @@ use crate::config::MachineConfig;
 use crate::layout::{self, RangeKind, frame_buffer};
 use crate::{acpi, smbios};
 use bios::blob::{BlobBuilder, flags, kind};
-use bios::firmware;
+use bios::{firmware, volume};
 use partition::{GuestMemory, VpState};
-use x86::regs::{cr0, cr4, efer};
+use std::io::Read as _;
+use std::path::Path;
+use x86::regs::{cr0, cr4, efer, gpr};
 use x86::segment::{Segment, TableRegister, attr, sreg};
 
 /// RAM that the firmware needs at least: itself and room for a boot loader.
 const LEAST_MEMORY: u64 = 64 << 20;
 
-/// Places the firmware and returns the state in which VP 0 enters it.
+/// What the blob tells of this start.
+pub struct Blob<'a> {
+    /// What the firmware's screen calls the machine.
+    pub name: &'a str,
+    /// When nothing can be booted: wait for a key instead of powering off.
+    pub pause_after_failure: bool,
+    /// What is tried before the boot options.
+    pub first: Option<&'a str>,
+}
+
+/// Places the firmware, Viridian's own or the one in a file, and returns the state in which VP 0 enters it.
 pub fn load(
     config: &MachineConfig,
-    name: &str,
-    pause_after_failure: bool,
-    first: Option<&str>,
+    what: &Blob<'_>,
+    image: Option<&Path>,
     memory: &GuestMemory,
     mut state: VpState,
 ) -> Result<VpState, BootError> {
     if config.memory_bytes < LEAST_MEMORY {
         return Err(BootError::FirmwareMemory { needed: LEAST_MEMORY >> 20 });
     }
-    firmware::place(memory, &blob(config, name, pause_after_failure, first))?;
+    let blob = blob(config, what, image.is_some());
+    let entry = match image {
+        None => {
+            firmware::place(memory, &blob)?;
+            0
+        }
+        Some(path) => {
+            let image = read_image(path)?;
+            let entry = volume::entry(&image).map_err(|reason| BootError::Firmware { path: path.into(), reason })?;
+            firmware::place_image(memory, &image, &blob)?;
+            entry
+        }
+    };
     let flat = |selector: u16, attributes: u32| Segment {
         base: 0,
         limit: 0xffff_ffff,
@@ -39,15 +62,30 @@ pub fn load(
     state.tr = Segment { base: 0, limit: 0x67, attr: attr::P | 0xb, selector: 0 };
     state.ldtr = Segment { attr: attr::UNUSABLE, ..Segment::default() };
     state.gprs = [0; 16];
-    state.rip = firmware::BASE;
+    state.rip = firmware::BASE + entry;
+    if image.is_some() {
+        // The security core finds its volume here.
+        state.gprs[gpr::RBP] = firmware::BASE + volume::SEC_VOLUME as u64;
+    }
     state.cr3 = firmware::PAGE_TABLES;
-    state.cr4 = cr4::PAE;
-    state.efer = efer::LME | efer::LMA;
-    state.cr0 = cr0::PE | cr0::ET | cr0::PG;
+    // What the security core of Hyper-V's own firmware starts with; Viridian's sets what it needs itself.
+    state.cr4 = cr4::PAE | cr4::MCE | cr4::OSFXSR | cr4::OSXMMEXCPT;
+    state.efer = efer::LME | efer::LMA | efer::NXE;
+    state.cr0 = cr0::PE | cr0::MP | cr0::ET | cr0::NE | cr0::PG;
     Ok(state)
 }
 
-fn blob(config: &MachineConfig, name: &str, pause_after_failure: bool, first: Option<&str>) -> Vec<u8> {
+/// Reads a firmware file; one that is much too large is not read whole.
+fn read_image(path: &Path) -> Result<Vec<u8>, BootError> {
+    let error = |source| BootError::File { path: path.into(), source };
+    let mut image = Vec::new();
+    let file = std::fs::File::open(path).map_err(error)?;
+    file.take(volume::SIZE as u64 + 1).read_to_end(&mut image).map_err(error)?;
+    Ok(image)
+}
+
+/// The blob. A firmware other than Viridian's own also gets what that one knows without being told.
+fn blob(config: &MachineConfig, what: &Blob<'_>, foreign: bool) -> Vec<u8> {
     let ranges: Vec<(u64, u64, u32)> = layout::memory_map(config.memory_bytes)
         .into_iter()
         .filter(|(_, kind)| *kind == RangeKind::Ram)
@@ -56,7 +94,7 @@ fn blob(config: &MachineConfig, name: &str, pause_after_failure: bool, first: Op
         .map(|r| (r.start, r.end - r.start, 0))
         .collect();
     let mut flag_bits = flags::SERIAL_CONTROLLERS_ENABLED | flags::MEMORY_ATTRIBUTES_TABLE;
-    if pause_after_failure {
+    if what.pause_after_failure {
         flag_bits |= flags::PAUSE_AFTER_BOOT_FAILURE;
     }
     let table = smbios::table(config.memory_bytes);
@@ -73,13 +111,20 @@ fn blob(config: &MachineConfig, name: &str, pause_after_failure: bool, first: Op
         .record(kind::FLAGS, &flag_bits.to_le_bytes())
         .record(kind::VIRIDIAN_FRAME_BUFFER, &screen)
         .record(kind::VIRIDIAN_SMBIOS, &smbios)
-        .text(kind::VIRIDIAN_NAME, name);
-    if let Some(first) = first {
+        .text(kind::VIRIDIAN_NAME, what.name);
+    if let Some(first) = what.first {
         blob = blob.text(kind::VIRIDIAN_BOOT_FIRST, first);
+    }
+    if foreign {
+        // Pages from 1 MiB on that are the firmware's; a memory map without legacy ranges.
+        let pages = ((firmware::END - firmware::BASE) / 4096) as u32;
+        blob = blob.record(kind::BIOS_INFORMATION, &[pages.to_le_bytes(), [0; 4]].concat()).identity();
     }
     for (_, signature, bytes) in acpi::generation2(config.processors).tables {
         // The firmware makes these two itself, where it puts the others.
-        if !matches!(signature, "RSDP" | "XSDT") {
+        if foreign && signature == "APIC" {
+            blob = blob.record(kind::MADT, &bytes);
+        } else if !matches!(signature, "RSDP" | "XSDT") {
             blob = blob.record(kind::ACPI_TABLE, &bytes);
         }
     }

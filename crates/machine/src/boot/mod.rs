@@ -43,6 +43,14 @@ pub enum BootError {
         /// MiB.
         available: u64,
     },
+    /// The firmware file is no firmware for this machine.
+    #[error("{} is no firmware for a generation 2 machine: {reason}", .path.display())]
+    Firmware {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: bios::volume::VolumeError,
+    },
     /// Less memory than the firmware needs.
     #[error("a generation 2 machine needs at least {needed} MiB of memory")]
     FirmwareMemory {
@@ -153,8 +161,9 @@ pub fn load(config: &MachineConfig, memory: &GuestMemory, rsdp: u64, state: VpSt
             };
             if image.starts_with(b"\x7fELF") { pvh::load(load) } else { linux::load(load) }
         }
-        BootSource::Firmware { name, pause_after_failure, first } => {
-            firmware::load(config, name, *pause_after_failure, first.as_deref(), memory, state)
+        BootSource::Firmware { name, pause_after_failure, first, image } => {
+            let blob = firmware::Blob { name, pause_after_failure: *pause_after_failure, first: first.as_deref() };
+            firmware::load(config, &blob, image.as_deref(), memory, state)
         }
         BootSource::Flat { image, address, mode } => {
             memory.write(Gpa(*address), image)?;
