@@ -63,7 +63,7 @@ const FUZZ: Step = Step {
         "--test-threads",
         "2",
         "--filterset",
-        "binary(fuzz) + binary(hostile_code) + test(/random_accesses|damaged_images_never_panic|random_commands_are_answered/)",
+        "binary(fuzz) + binary(hostile) + binary(hostile_code) + test(/hostile::|random_commands_are_answered/)",
     ],
 };
 /// The most of them, without nextest.
