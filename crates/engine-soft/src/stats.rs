@@ -19,6 +19,8 @@ counts! {
     Leaves = "returns to the run loop",
     /// A direct jump whose target was not known yet.
     Direct = "direct jumps resolved",
+    /// A direct jump to another page whose link was not entered.
+    Links = "direct jumps to other pages resolved",
     /// A jump through the table that missed.
     Table = "jump table misses",
     /// System instructions executed by a call, after which translated code went on elsewhere.

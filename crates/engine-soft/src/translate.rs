@@ -37,6 +37,8 @@ pub struct JitState {
     pub shadow_epoch: u64,
     /// Addends of groups of accesses: see [`plan`].
     pub addends: [u64; plan::ADDENDS],
+    /// Pages of those groups of a loop whose addresses move.
+    pub tags: [u64; plan::ADDENDS],
     /// Addend that [`memory::Filled`] speaks of.
     pub addend: u64,
     /// Linear address and length of what [`JitState::copy`] is a copy of.
@@ -59,6 +61,8 @@ pub struct JitState {
     pub exit_value: u64,
     /// First slot of the jump table in use.
     pub jump_table: u64,
+    /// First link that goes with it.
+    pub links: u64,
     /// The VP, for calls to Rust.
     pub vp: u64,
     /// MXCSR of Rust code.
@@ -97,6 +101,7 @@ impl Default for JitState {
             shadow_top: 0,
             shadow_epoch: 0,
             addends: [0; plan::ADDENDS],
+            tags: [0; plan::ADDENDS],
             addend: 0,
             copied: [0; 2],
             copy: OperandCopy([0; 128]),
@@ -108,6 +113,7 @@ impl Default for JitState {
             vector: 0,
             exit_value: 0,
             jump_table: 0,
+            links: 0,
             vp: 0,
             host_mxcsr: u64::from(x86::xsave::MXCSR_INIT),
             guest_mxcsr: u64::from(x86::xsave::MXCSR_INIT),

@@ -79,6 +79,8 @@ pub mod attention {
     /// Something that only the next instruction boundary cares about: TF, an interrupt shadow, armed breakpoints, RF
     /// (set and cleared by the VP's own thread only).
     pub const BOUNDARY: u32 = 1 << 5;
+    /// All of them.
+    pub const ALL: u32 = (1 << 6) - 1;
 }
 
 /// Processor mode, as it matters to decoding and code caching.

@@ -324,3 +324,39 @@ fn many_pushes_across_a_page() {
         assert_eq!(bench.read_u64(DATA + 0x3040 - 8 * (n + 1)), 0x1111 * n, "push {n}");
     }
 }
+
+/// A loop whose two addresses move, up and down, over pages, at offsets that are not multiples of the size.
+#[test]
+fn loops_move_over_pages() {
+    use iced_x86::code_asm::*;
+    const WORDS: u64 = 1500;
+    for (shift, step) in [(0, 8), (3, 8), (0, -8), (5, -8)] {
+        let mut bench = Bench::new(&SoftEngine::new(), "x86-64-v3", 1);
+        let bytes: Vec<u8> = (0..WORDS * 8 + 64).map(|n| (n * 7 + n / 251) as u8).collect();
+        bench.memory.write(Gpa(DATA), &bytes).unwrap();
+        let to = DATA + 0x8000 + shift;
+        let (first, first_to) =
+            if step > 0 { (DATA + shift, to) } else { (DATA + shift + 8 * (WORDS - 1), to + 8 * (WORDS - 1)) };
+        bench.code(CODE, |a| {
+            let mut again = a.create_label();
+            a.mov(rsi, first).unwrap();
+            a.mov(rdi, first_to).unwrap();
+            a.mov(ecx, WORDS as i32).unwrap();
+            a.set_label(&mut again).unwrap();
+            a.mov(rax, qword_ptr(rsi)).unwrap();
+            a.add(rsi, step).unwrap();
+            a.mov(qword_ptr(rdi), rax).unwrap();
+            a.add(rdi, step).unwrap();
+            a.dec(ecx).unwrap();
+            a.jnz(again).unwrap();
+            a.out(0xf4, al).unwrap();
+            a.hlt().unwrap();
+        });
+        bench.start_at(CODE);
+        bench.run(std::time::Duration::from_secs(20));
+        let (from, len) = (shift as usize, 8 * WORDS as usize);
+        let mut copy = vec![0; len];
+        bench.memory.read(Gpa(to), &mut copy).unwrap();
+        assert!(copy == bytes[from..from + len], "shift {shift}, step {step}");
+    }
+}

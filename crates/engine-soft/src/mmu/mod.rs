@@ -218,9 +218,10 @@ impl SoftVp {
         if self.s.cpl == 3 { Class::User } else { Class::Supervisor }
     }
 
-    /// First slot of the jump table for code at the current privilege ([`crate::translate::jump_table`]).
-    pub(crate) fn jump_table(&mut self) -> u64 {
-        self.jumps().base()
+    /// First slot and first link of the jump tables for code at the current privilege ([`crate::translate::jump_table`]).
+    pub(crate) fn jump_tables(&mut self) -> (u64, u64) {
+        let jumps = self.jumps();
+        (jumps.slots(), jumps.links())
     }
 
     fn jumps(&mut self) -> &mut crate::translate::jump_table::JumpTable {
@@ -237,11 +238,15 @@ impl SoftVp {
 
     /// Enters a target into the jump table. Its page must just have been fetched from. `goes_on`: the block depends on the next
     /// page's translation too.
-    pub(crate) fn enter_jump(&mut self, rip: u64, host: u64, goes_on: bool) {
+    /// `link`: for this direct jump only.
+    pub(crate) fn enter_jump(&mut self, rip: u64, host: u64, goes_on: bool, link: Option<u32>) {
         let class = self.code_class();
         let page = crate::interp::code_linear(self) & !PAGE_MASK;
         let global = !goes_on && self.mmu.set(class).code_is_global(page);
-        self.jumps().insert(rip, host, global);
+        match link {
+            Some(link) => self.jumps().link(link, rip, host, global),
+            None => self.jumps().insert(rip, host, global),
+        }
     }
 
     /// Empties all jump tables.

@@ -103,7 +103,7 @@ pub struct Fill {
 }
 
 /// Slots of the instruction side.
-const CODE_SLOTS: usize = 256;
+const CODE_SLOTS: usize = 1024;
 
 #[derive(Clone, Copy, Default)]
 struct CodeEntry {
@@ -123,7 +123,7 @@ pub struct TlbSet {
     /// Filters of the 4 MiB and 1 GiB regions that have entries from large pages.
     large: Regions,
     huge: Regions,
-    code: Box<[CodeEntry; CODE_SLOTS]>,
+    code: Box<[CodeEntry]>,
     /// Instruction-side entries of other epochs are empty: epochs of local and of global entries.
     code_epochs: [u64; 2],
     /// Filters of the 4 MiB and 1 GiB regions that instructions were fetched from through large pages.
@@ -180,7 +180,7 @@ impl TlbSet {
             global: Vec::new(),
             large: Regions::new(),
             huge: Regions::new(),
-            code: Box::new([CodeEntry::default(); CODE_SLOTS]),
+            code: vec![CodeEntry::default(); CODE_SLOTS].into_boxed_slice(),
             code_epochs: [1; 2],
             code_large: Regions::new(),
             code_huge: Regions::new(),

@@ -108,6 +108,8 @@ pub struct Translator {
     by_key: AddressMap<Key, u32>,
     pages: AddressMap<u64, CodePage>,
     exits: Vec<ExitRecord>,
+    /// Links that blocks have.
+    links: u32,
     sites: Vec<Site>,
     cold_sites: Vec<Site>,
     copy: PageCopy,
@@ -148,6 +150,7 @@ impl Translator {
             by_key: AddressMap::default(),
             pages: AddressMap::default(),
             exits: Vec::new(),
+            links: 0,
             sites: Vec::new(),
             cold_sites: Vec::new(),
             copy: PageCopy { of: (u64::MAX, 0), bytes: Box::new([0; 4096 + 16]) },
@@ -200,6 +203,7 @@ impl Translator {
             hot: self.memory.exec(self.hot) as u64,
             cold: self.memory.exec(self.cold) as u64,
             exit: self.exits.len() as u32,
+            link: self.links,
         }
     }
 
@@ -211,7 +215,7 @@ impl Translator {
     /// Enters a block that was lowered for [`Translator::next`]. `None` if it is too large.
     /// `generations`: of its page and of the one that it goes on in.
     pub fn insert(&mut self, key: Key, generations: [u32; 2], lowered: Lowered) -> Option<u32> {
-        let Lowered { hot, cold, entry, table_entry, exits, sites, cold_sites, count, path } = lowered;
+        let Lowered { hot, cold, entry, table_entry, exits, links, sites, cold_sites, count, path } = lowered;
         if hot.bytes.len() > BLOCK_ROOM || cold.bytes.len() > BLOCK_ROOM {
             return None;
         }
@@ -222,6 +226,7 @@ impl Translator {
         self.cold += cold.bytes.len();
         let id = self.blocks.len() as u32;
         self.exits.extend(exits.into_iter().map(|exit| ExitRecord { exit, block: id }));
+        self.links = links;
         self.sites.extend(sites);
         self.cold_sites.extend(cold_sites);
         self.blocks.push(Block {
@@ -341,6 +346,7 @@ impl Translator {
         self.by_key.clear();
         self.pages.clear();
         self.exits.clear();
+        self.links = 0;
         self.sites.clear();
         self.cold_sites.clear();
         self.start();

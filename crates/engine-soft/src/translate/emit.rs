@@ -23,6 +23,7 @@ pub mod cc {
 }
 
 /// Code under construction, to be placed at a known address.
+#[derive(Default)]
 pub struct Asm {
     /// Bytes so far.
     pub bytes: Vec<u8>,

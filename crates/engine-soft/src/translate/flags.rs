@@ -49,23 +49,41 @@ pub struct Need {
     pub hard: u8,
 }
 
-/// Flags that the code at `bytes` may read before it overwrites them, as far as a short look tells. `bits`: of the code.
-pub fn peek(bytes: &[u8], bits: u32) -> u8 {
-    let mut decoder = Decoder::with_ip(bits, bytes, 0, DecoderOptions::NONE);
-    let (mut live, mut open) = (0, ALL);
-    for _ in 0..8 {
-        if !decoder.can_decode() {
-            break;
-        }
+/// Instructions that one look follows at most.
+const LOOK: u32 = 16;
+
+/// Flags that the code at an offset in a page may read before it overwrites them, as far as a short look tells. In 64-bit code it
+/// follows direct jumps inside the page. (Elsewhere offsets in the page do not wrap as addresses do.)
+pub fn peek(page: &[u8], offset: usize, bits: u32) -> u8 {
+    look(page, offset, bits, ALL, &mut { LOOK })
+}
+
+/// Which of the flags in `open` may be read from an offset on.
+fn look(page: &[u8], offset: usize, bits: u32, mut open: u8, left: &mut u32) -> u8 {
+    let Some(bytes) = page.get(offset..) else { return open };
+    let mut decoder = Decoder::with_ip(bits, bytes, offset as u64, DecoderOptions::NONE);
+    let mut live = 0;
+    while open & !live != 0 && *left > 0 && decoder.can_decode() {
+        *left -= 1;
         let i = decoder.decode();
-        if i.is_invalid() || i.flow_control() != FlowControl::Next {
+        if i.is_invalid() {
             break;
         }
-        let e = effect(&i, Kind::Plain);
-        live |= e.reads & open;
-        open &= !e.kills;
-        if open == 0 {
-            return live;
+        let target = || usize::try_from(i.near_branch64()).unwrap_or(usize::MAX);
+        match i.flow_control() {
+            FlowControl::Next => {
+                let e = effect(&i, Kind::Plain);
+                live |= e.reads & open;
+                open &= !e.kills;
+            }
+            FlowControl::ConditionalBranch if bits == 64 && i.is_jcc_short_or_near() => {
+                live |= (i.rflags_read() & u32::from(open)) as u8;
+                live |= look(page, target(), bits, open & !live, left);
+            }
+            FlowControl::UnconditionalBranch if bits == 64 && i.is_jmp_short_or_near() => {
+                return live | look(page, target(), bits, open & !live, left);
+            }
+            _ => break,
         }
     }
     live | open
@@ -75,16 +93,30 @@ pub fn peek(bytes: &[u8], bits: u32) -> u8 {
 mod tests {
     use super::*;
 
+    const CF: u8 = iced_x86::RflagsBits::CF as u8;
+    const ZF: u8 = iced_x86::RflagsBits::ZF as u8;
+
     #[test]
     fn peeks() {
+        let peek = |code: &[u8]| super::peek(code, 0, 64);
         // push rbp; mov rbp,rsp; sub rsp,16
-        assert_eq!(peek(&[0x55, 0x48, 0x89, 0xe5, 0x48, 0x83, 0xec, 0x10], 64), 0);
+        assert_eq!(peek(&[0x55, 0x48, 0x89, 0xe5, 0x48, 0x83, 0xec, 0x10]), 0);
         // setc al; test eax,eax
-        assert_eq!(peek(&[0x0f, 0x92, 0xc0, 0x85, 0xc0], 64), 0x10);
+        assert_eq!(peek(&[0x0f, 0x92, 0xc0, 0x85, 0xc0]), 0x10);
         // shl eax,cl; ret
-        assert_eq!(peek(&[0xd3, 0xe0, 0xc3], 64), ALL);
+        assert_eq!(peek(&[0xd3, 0xe0, 0xc3]), ALL);
         // inc eax; add eax,eax: CF is not overwritten by INC but by ADD
-        assert_eq!(peek(&[0xff, 0xc0, 0x01, 0xc0], 64), 0);
-        assert_eq!(peek(&[0xc3], 64), ALL);
+        assert_eq!(peek(&[0xff, 0xc0, 0x01, 0xc0]), 0);
+        assert_eq!(peek(&[0xc3]), ALL);
+        // jz over (ZF); add eax,eax; over: add eax,eax
+        assert_eq!(peek(&[0x74, 0x02, 0x01, 0xc0, 0x01, 0xc0]), ZF);
+        assert_eq!(super::peek(&[0x74, 0x02, 0x01, 0xc0, 0x01, 0xc0], 0, 32), ALL);
+        // jz over; add eax,eax; over: setc al; add eax,eax
+        assert_eq!(peek(&[0x74, 0x02, 0x01, 0xc0, 0x0f, 0x92, 0xc0, 0x01, 0xc0]), ZF | CF);
+        // jmp over; setc al; over: add eax,eax
+        assert_eq!(peek(&[0xeb, 0x03, 0x0f, 0x92, 0xc0, 0x01, 0xc0]), 0);
+        // jmp to itself, and out of the page
+        assert_eq!(peek(&[0xeb, 0xfe]), ALL);
+        assert_eq!(peek(&[0xeb, 0x70]), ALL);
     }
 }

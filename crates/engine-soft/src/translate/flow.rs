@@ -1,7 +1,8 @@
 //! Control flow: jumps, calls and returns.
 //!
-//! Jumps inside the page are chained by patching. Everything else goes through the jump table, in a sequence that leaves
-//! the flags alone, because nothing is known of who reads them at the target.
+//! Jumps inside the page are chained by patching. A direct jump to another page has a *link*, a slot of its own in a table
+//! that goes with the address space and says where that target is there. Everything else goes through the jump table. Both
+//! sequences leave the flags alone, because nothing is known of who reads them at the target.
 //!
 //! Calls and returns are paired on a stack of the translator's own (the host's RSP points into it): a call pushes the
 //! complement of the return address and makes a host call; a return loads its target and makes a host return, behind
@@ -10,12 +11,22 @@
 
 use super::emit::{A, Asm, B, C, RCX, SP, cc};
 use super::lower::{Cold, Lower, gpr, host, jit};
-use super::lower::{INDEX_SHIFT, JUMP_SLOTS};
+use super::lower::{INDEX_SHIFT, JUMP_SLOTS, LINKS};
 use super::plan::{Plan, Shape};
 use super::thunks::Thunks;
-use crate::vp::VpBlock;
+use crate::vp::{VpBlock, attention};
 use iced_x86::{Instruction, OpKind};
 use std::mem::offset_of;
+
+/// A jump by a link, for its cold part.
+pub(super) struct Link {
+    /// Displacement of the jump to there.
+    pub from: u64,
+    /// Its number.
+    number: u32,
+    /// Behind the call, if it is one.
+    behind: Option<u64>,
+}
 
 impl Lower<'_> {
     /// A = target of an indirect branch.
@@ -42,7 +53,7 @@ impl Lower<'_> {
         let backward = target <= i.ip();
         if !self.inside(target) {
             let from = self.hot.jcc(condition, 0);
-            self.cold.push(Cold::Table { from, target, poll: backward });
+            self.cold.push(Cold::Jump { from, target, poll: backward });
         } else if !backward {
             let from = self.hot.jcc(condition, 0);
             self.cold.push(Cold::Exit { from, target: self.origin.offset(target) as u16, shape: Shape::Grouped });
@@ -90,12 +101,74 @@ impl Lower<'_> {
             }
             self.jump_inside(target);
         } else {
-            self.code_address(A, target);
-            if backward {
-                self.poll_table();
-            }
-            self.table_jump(false);
+            self.leave_page(target, false, backward);
         }
+    }
+
+    /// Jumps (or calls) to an address in another page. `poll`: unless somebody wants attention.
+    pub(super) fn leave_page(&mut self, target: u64, call: bool, poll: bool) {
+        self.code_address(A, target);
+        self.link_jump(target, call, poll);
+    }
+
+    /// The same with the address in A.
+    fn link_jump(&mut self, target: u64, call: bool, poll: bool) {
+        let mut h = std::mem::take(&mut self.hot);
+        let link = self.emit_link_jump(&mut h, target, call, poll);
+        self.hot = h;
+        self.cold.extend(link.map(Cold::Link));
+    }
+
+    /// [`Lower::link_jump`] anywhere; the caller places what the jump at [`Link::from`] leads to. `None`: it goes through the
+    /// jump table.
+    pub(super) fn emit_link_jump(&mut self, h: &mut Asm, target: u64, call: bool, polls: bool) -> Option<Link> {
+        // An empty link is that of the last address there is: nothing near it may have one.
+        if self.link as usize >= LINKS || target & 0xfff >= 0xfff - u64::from(attention::ALL) {
+            if polls && call {
+                poll_call(h, self.thunks);
+            } else if polls {
+                poll_table(h, self.thunks);
+            }
+            table_jump(h, self.thunks, call);
+            return None;
+        }
+        let number = self.link;
+        self.link += 1;
+        let slot = 16 * number as i32;
+        // Outside 64-bit mode a page of code need not start at a multiple of the page's size.
+        if polls && self.origin.facts.is_some() {
+            if call {
+                poll_call(h, self.thunks);
+            } else {
+                poll_table(h, self.thunks);
+            }
+        }
+        let polls = polls && self.origin.facts.is_none();
+        h.mov(B, RCX);
+        if polls {
+            // One comparison for both: a link is for one offset in the page, so that targets differ by a multiple of the page's
+            // size, and attention is less.
+            const { assert!(attention::ALL < 0x1000) };
+            h.load_gs32(RCX, offset_of!(VpBlock, attention));
+            h.lea(true, RCX, Some(RCX), A, 1, 1);
+            h.load_gs(C, jit!(links));
+            h.load(C, C, slot);
+            h.lea(true, RCX, Some(RCX), C, 1, 0);
+        } else {
+            h.load_gs(C, jit!(links));
+            h.load(RCX, C, slot);
+            h.lea(true, RCX, Some(RCX), A, 1, 1);
+        }
+        let hit = h.short(0xe3); // jrcxz
+        let from = h.jmp(0);
+        h.close(hit);
+        h.mov(RCX, B);
+        if polls {
+            h.load_gs(C, jit!(links));
+        }
+        h.bs(&[0x41, 0xff, if call { 0x93 } else { 0xa3 }]); // call or jmp [r11 + slot + 8]
+        h.d(slot as u32 + 8);
+        Some(Link { from, number, behind: call.then(|| h.here()) })
     }
 
     /// Stores the return address and pushes its complement: see the module.
@@ -127,11 +200,7 @@ impl Lower<'_> {
             self.cold.push(Cold::Exit { from, target: self.origin.offset(target) as u16, shape: Shape::Grouped });
         } else {
             self.push_return(plan, n);
-            self.code_address(A, target);
-            if backward {
-                self.poll_table_call();
-            }
-            self.table_jump(true);
+            self.leave_page(target, true, backward);
         }
         self.returned(i.next_ip());
     }
@@ -142,8 +211,8 @@ impl Lower<'_> {
         self.hot.store_gs(A, jit!(temporary));
         self.push_return(plan, n);
         self.hot.load_gs(A, jit!(temporary));
-        self.poll_table_call();
-        self.table_jump(true);
+        poll_call(&mut self.hot, self.thunks);
+        table_jump(&mut self.hot, self.thunks, true);
         self.returned(i.next_ip());
     }
 
@@ -176,42 +245,39 @@ impl Lower<'_> {
             let from = self.hot.jmp(0);
             self.cold.push(Cold::Exit { from, target: self.origin.offset(next) as u16, shape: Shape::Grouped });
         } else {
-            self.table_jump(false);
+            self.link_jump(next, false, false);
         }
     }
+}
 
-    /// Jumps (or calls) through the jump table to the target in A.
-    pub(super) fn table_jump(&mut self, call: bool) {
-        Self::emit_table_jump(&mut self.hot, self.thunks, call);
-    }
+/// Leaves with the target in A if somebody wants attention. Keeps the flags.
+pub(super) fn poll_table(h: &mut Asm, thunks: &Thunks) {
+    poll(h, |h| {
+        h.jmp(thunks.exit_table);
+    });
+}
 
-    /// [`Lower::table_jump`], anywhere. Keeps the flags.
-    pub(super) fn emit_table_jump(h: &mut Asm, thunks: &Thunks, call: bool) {
-        table_jump(h, thunks, call);
-    }
+/// The same before a call whose return address has been pushed: the host's call is made up for.
+fn poll_call(h: &mut Asm, thunks: &Thunks) {
+    poll(h, |h| {
+        // As the call would: push the address behind the table jump. It is not known yet; the stack is emptied instead.
+        h.bs(&[0x65, 0x48, 0x8b, 0x24, 0x25]); // mov rsp, gs:[shadow_top]
+        h.d(jit!(shadow_top) as u32);
+        h.jmp(thunks.exit_table);
+    });
+}
 
-    /// Leaves with the target in A if somebody wants attention. Keeps the flags.
-    pub(super) fn poll_table(&mut self) {
-        Self::emit_poll_table(&mut self.hot, self.thunks);
+/// Cold: a link was not entered, or somebody wants attention.
+pub(super) fn link_missed(c: &mut Asm, thunks: &Thunks, link: &Link) {
+    c.mov(RCX, B);
+    if let Some(behind) = link.behind {
+        // push what the call would push
+        c.bs(&[0x4c, 0x8d, 0x15]); // lea r10, [rip + disp]
+        c.relative(behind);
+        c.bs(&[0x41, 0x52]); // push r10
     }
-
-    /// [`Lower::poll_table`], anywhere.
-    pub(super) fn emit_poll_table(h: &mut Asm, thunks: &Thunks) {
-        poll(h, |h| {
-            h.jmp(thunks.exit_table);
-        });
-    }
-
-    /// The same before a call whose return address has been pushed: the host's call is made up for.
-    fn poll_table_call(&mut self) {
-        let exit = self.thunks.exit_table;
-        poll(&mut self.hot, |h| {
-            // As the call would: push the address behind the table jump. It is not known yet; the stack is emptied instead.
-            h.bs(&[0x65, 0x48, 0x8b, 0x24, 0x25]); // mov rsp, gs:[shadow_top]
-            h.d(jit!(shadow_top) as u32);
-            h.jmp(exit);
-        });
-    }
+    c.mov_imm(B, u64::from(link.number));
+    c.jmp(thunks.exit_link);
 }
 
 fn poll(h: &mut Asm, leave: impl FnOnce(&mut Asm)) {

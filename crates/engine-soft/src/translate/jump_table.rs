@@ -1,35 +1,86 @@
-//! The table through which translated code finds the targets of indirect and page-crossing jumps.
+//! The tables through which translated code finds the targets of indirect and page-crossing jumps.
 //!
-//! Direct-mapped by low bits of RIP. There is one for each TLB set that code is fetched through, and it is
-//! flushed with it: an entry says that RIP translates to the page that the block was made from, and that this privilege
-//! level may execute it.
+//! The *slots* are direct-mapped by low bits of RIP. The *links* have one slot for each direct jump to another page, by its number:
+//! no two jumps share one, and those of neighbouring code lie side by side. There is a pair of tables for each TLB set that code is
+//! fetched through, and they are flushed with it: an entry says that RIP translates to the page that the block was made
+//! from, and that this privilege level may execute it.
 
-use super::lower::{INDEX_SHIFT, JUMP_SLOTS};
+use super::lower::{INDEX_SHIFT, JUMP_SLOTS, LINKS};
 use std::alloc::{Layout, alloc_zeroed, dealloc, handle_alloc_error};
+use std::ptr::NonNull;
 
 /// Bytes of the longest instruction.
 const LONGEST: u64 = 15;
 
 /// A slot, as translated code reads it.
 #[repr(C)]
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 struct Slot {
     /// The complement of RIP: so translated code compares without destroying flags.
     not_rip: u64,
     host: u64,
 }
 
-/// The table. Fresh zeroed memory is empty but for the last slot: the RIP whose complement is 0 belongs there.
+/// Slots in memory of their own: fresh zeros, which cost nothing until they are written.
+struct Slots {
+    first: NonNull<Slot>,
+    len: usize,
+}
+
+// SAFETY: owns its memory.
+unsafe impl Send for Slots {}
+
+impl Slots {
+    fn new(len: usize) -> Self {
+        let layout = Self::layout(len);
+        // SAFETY: the layout is not empty.
+        let first = NonNull::new(unsafe { alloc_zeroed(layout) }.cast::<Slot>());
+        Self { first: first.unwrap_or_else(|| handle_alloc_error(layout)), len }
+    }
+
+    fn layout(len: usize) -> Layout {
+        Layout::array::<Slot>(len).unwrap_or(Layout::new::<Slot>())
+    }
+
+    fn get(&self, n: usize) -> Slot {
+        assert!(n < self.len);
+        // SAFETY: inside the allocation; zeros are a valid slot.
+        unsafe { *self.first.as_ptr().add(n) }
+    }
+
+    fn set(&mut self, n: usize, slot: Slot) {
+        assert!(n < self.len);
+        // SAFETY: inside the allocation.
+        unsafe { *self.first.as_ptr().add(n) = slot }
+    }
+}
+
+impl Drop for Slots {
+    fn drop(&mut self) {
+        // SAFETY: allocated with this layout in `new`.
+        unsafe { dealloc(self.first.as_ptr().cast(), Self::layout(self.len)) };
+    }
+}
+
+/// What was entered, for flushing in proportion to it.
+#[derive(Clone, Copy)]
+enum Entered {
+    Slot(u16),
+    Link(u32),
+}
+
+/// The tables. Fresh zeroed memory is empty but for the last slot: the RIP whose complement is 0 belongs there. (Jumps to such
+/// a RIP have no link.)
 pub struct JumpTable {
-    slots: *mut Slot,
-    local: Vec<u16>,
-    global: Vec<u16>,
+    slots: Slots,
+    links: Slots,
+    local: Vec<Entered>,
+    global: Vec<Entered>,
+    /// Links by their target's page, for those of one page.
+    by_page: Vec<Vec<u32>>,
     /// Filter of the pages that have entries.
     pages: Box<[u64; PAGE_BITS / 64]>,
 }
-
-// SAFETY: owns its memory; used by one thread at a time.
-unsafe impl Send for JumpTable {}
 
 /// The slot of a target.
 fn slot_of(rip: u64) -> u16 {
@@ -41,10 +92,6 @@ fn empty(slot: u16) -> u64 {
     if slot == u16::MAX { u64::MAX } else { 0 }
 }
 
-fn layout() -> Layout {
-    Layout::array::<Slot>(JUMP_SLOTS).unwrap_or(Layout::new::<Slot>())
-}
-
 /// Bits of the filter: a kernel has some thousand pages with targets, and INVLPG of another page should not hit.
 const PAGE_BITS: usize = 1 << 16;
 
@@ -54,33 +101,63 @@ fn page_bit(rip: u64) -> (usize, u64) {
     ((hash >> 6) as usize, 1 << (hash & 63))
 }
 
+/// Lists of [`JumpTable::by_page`].
+const PAGE_LISTS: usize = 1 << 10;
+
+/// Which of them a page's links are in.
+fn list_of(rip: u64) -> usize {
+    page_bit(rip).0 & (PAGE_LISTS - 1)
+}
+
 impl JumpTable {
-    /// An empty table.
+    /// Empty tables.
     pub fn new() -> Self {
-        // SAFETY: the layout is not empty.
-        let slots = unsafe { alloc_zeroed(layout()) }.cast::<Slot>();
-        if slots.is_null() {
-            handle_alloc_error(layout());
-        }
-        // SAFETY: the last slot is inside.
-        unsafe { (*slots.add(JUMP_SLOTS - 1)).not_rip = empty(u16::MAX) };
-        Self { slots, local: Vec::new(), global: Vec::new(), pages: Box::new([0; PAGE_BITS / 64]) }
+        let mut table = Self {
+            slots: Slots::new(JUMP_SLOTS),
+            links: Slots::new(LINKS),
+            local: Vec::new(),
+            global: Vec::new(),
+            by_page: Vec::new(),
+            pages: Box::new([0; PAGE_BITS / 64]),
+        };
+        table.clear(u16::MAX);
+        table
     }
 
     /// Address of slot 0.
-    pub fn base(&self) -> u64 {
-        self.slots as u64
+    pub fn slots(&self) -> u64 {
+        self.slots.first.as_ptr() as u64
+    }
+
+    /// Address of link 0.
+    pub fn links(&self) -> u64 {
+        self.links.first.as_ptr() as u64
     }
 
     /// Enters a target. A global one survives [`JumpTable::flush_local`].
     pub fn insert(&mut self, rip: u64, host: u64, global: bool) {
         let slot = slot_of(rip);
-        // SAFETY: the table has a slot for each 16-bit number.
-        unsafe { *self.slots.add(usize::from(slot)) = Slot { not_rip: !rip, host } };
+        self.slots.set(usize::from(slot), Slot { not_rip: !rip, host });
+        self.enter(Entered::Slot(slot), rip, global);
+    }
+
+    /// Enters the target of a direct jump, by the number of its link.
+    pub fn link(&mut self, link: u32, rip: u64, host: u64, global: bool) {
+        // A link that compares equal while it is empty must not be: see the type.
+        if link as usize >= LINKS || rip == u64::MAX {
+            return;
+        }
+        self.links.set(link as usize, Slot { not_rip: !rip, host });
+        self.by_page.resize_with(PAGE_LISTS, Vec::new);
+        self.by_page[list_of(rip)].push(link);
+        self.enter(Entered::Link(link), rip, global);
+    }
+
+    fn enter(&mut self, what: Entered, rip: u64, global: bool) {
         if global {
-            self.global.push(slot);
+            self.global.push(what)
         } else {
-            self.local.push(slot);
+            self.local.push(what)
         }
         let (word, bit) = page_bit(rip);
         self.pages[word] |= bit;
@@ -91,20 +168,28 @@ impl JumpTable {
 
     /// The host address for a RIP.
     pub fn get(&self, rip: u64) -> Option<u64> {
-        // SAFETY: as in `insert`.
-        let slot = unsafe { *self.slots.add(usize::from(slot_of(rip))) };
+        let slot = self.slots.get(usize::from(slot_of(rip)));
         (slot.not_rip == !rip).then_some(slot.host)
     }
 
     fn clear(&mut self, slot: u16) {
-        // SAFETY: as in `insert`.
-        unsafe { (*self.slots.add(usize::from(slot))).not_rip = empty(slot) };
+        self.slots.set(usize::from(slot), Slot { not_rip: empty(slot), host: 0 });
+    }
+
+    fn remove(&mut self, what: Entered) {
+        match what {
+            Entered::Slot(slot) => self.clear(slot),
+            Entered::Link(link) => self.links.set(link as usize, Slot::default()),
+        }
     }
 
     /// Drops what was not entered as global. (A global entry whose slot was used by another one before may go too.)
     pub fn flush_local(&mut self) {
-        for slot in std::mem::take(&mut self.local) {
-            self.clear(slot);
+        for what in std::mem::take(&mut self.local) {
+            self.remove(what);
+        }
+        if self.global.is_empty() {
+            self.by_page.iter_mut().for_each(Vec::clear);
         }
     }
 
@@ -113,10 +198,10 @@ impl JumpTable {
         if self.local.is_empty() && self.global.is_empty() {
             return;
         }
-        self.flush_local();
-        for slot in std::mem::take(&mut self.global) {
-            self.clear(slot);
+        for what in std::mem::take(&mut self.global) {
+            self.remove(what);
         }
+        self.flush_local();
         self.pages.fill(0);
     }
 
@@ -124,14 +209,30 @@ impl JumpTable {
     pub fn invalidate(&mut self, la: u64) {
         // A page's targets have neighbouring slots.
         let first = la & !0xfff;
-        let whole = if self.may_hold(first) { 0x1000 } else { 0 };
-        let before = if self.may_hold(first.wrapping_sub(1)) { LONGEST - 1 } else { 0 };
-        let mut rip = first.wrapping_sub(before);
-        while rip != first.wrapping_add(whole) {
+        let (whole, before) = (self.may_hold(first), self.may_hold(first.wrapping_sub(1)));
+        let from = first.wrapping_sub(if before { LONGEST - 1 } else { 0 });
+        let to = first.wrapping_add(if whole { 0x1000 } else { 0 });
+        let mut rip = from;
+        while rip != to {
             if self.get(rip).is_some() {
                 self.clear(slot_of(rip));
             }
             rip = rip.wrapping_add(1);
+        }
+        if from == to || self.by_page.is_empty() {
+            return;
+        }
+        for list in [list_of(first), list_of(first.wrapping_sub(1))] {
+            let mut links = std::mem::take(&mut self.by_page[list]);
+            links.retain(|link| {
+                let rip = !self.links.get(*link as usize).not_rip;
+                let stays = rip.wrapping_sub(from) >= to.wrapping_sub(from);
+                if !stays {
+                    self.remove(Entered::Link(*link));
+                }
+                stays
+            });
+            self.by_page[list] = links;
         }
     }
 
@@ -144,13 +245,6 @@ impl JumpTable {
 impl Default for JumpTable {
     fn default() -> Self {
         Self::new()
-    }
-}
-
-impl Drop for JumpTable {
-    fn drop(&mut self) {
-        // SAFETY: allocated with this layout in `new`.
-        unsafe { dealloc(self.slots.cast(), layout()) };
     }
 }
 
@@ -177,5 +271,29 @@ mod tests {
         assert_eq!((t.get(0), t.get(u64::MAX)), (Some(12), Some(13)));
         t.flush_all();
         assert_eq!((t.get(0), t.get(u64::MAX)), (None, None));
+    }
+
+    #[test]
+    fn a_link_holds_until_its_page_is_invalidated() {
+        let mut t = JumpTable::new();
+        let get = |t: &JumpTable, link: usize| {
+            let slot = t.links.get(link);
+            (slot.host != 0).then_some((!slot.not_rip, slot.host))
+        };
+        t.link(3, 0x7fff_1234_5678, 10, false);
+        t.link(4, 0xffff_ffff_8100_0ff8, 11, true);
+        t.link(5, 0xffff_ffff_8100_1000, 12, true);
+        t.link(6, u64::MAX, 13, false);
+        t.link(LINKS as u32, 1, 14, false);
+        assert_eq!(get(&t, 3), Some((0x7fff_1234_5678, 10)));
+        assert_eq!(get(&t, 6), None);
+        // What begins 8 bytes before a page may go on there.
+        t.invalidate(0xffff_ffff_8100_1abc);
+        assert_eq!((get(&t, 4), get(&t, 5)), (None, None));
+        t.link(5, 0xffff_ffff_8100_1000, 15, true);
+        t.flush_local();
+        assert_eq!((get(&t, 3), get(&t, 5)), (None, Some((0xffff_ffff_8100_1000, 15))));
+        t.flush_all();
+        assert_eq!(get(&t, 5), None);
     }
 }

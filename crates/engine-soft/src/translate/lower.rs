@@ -10,6 +10,7 @@
 use super::classify::{self, Kind, shape};
 use super::emit::{A, Asm, B, C, RAX, RCX, SP, cc};
 use super::flags::Need;
+use super::flow;
 use super::kernel;
 use super::legacy;
 use super::plan::{self, Origin, Plan, Shape};
@@ -24,6 +25,9 @@ use std::mem::offset_of;
 pub const JUMP_SLOTS: usize = 1 << 16;
 /// They are indexed by the target's bits from this one on: few blocks start less than 4 bytes apart.
 pub const INDEX_SHIFT: u8 = 2;
+
+/// Most direct jumps to other pages that have a link; the others use the jump table.
+pub const LINKS: usize = 1 << 17;
 
 /// Guest registers that live in the VP block, as a mask.
 const MOVED: u16 = 1 << 9 | 1 << 10 | 1 << 11 | 1 << 15;
@@ -97,6 +101,8 @@ pub struct Lowered {
     pub table_entry: u64,
     /// Direct exits.
     pub exits: Vec<Exit>,
+    /// Number of the next block's first link.
+    pub links: u32,
     /// Signal sites, ascending.
     pub sites: Vec<Site>,
     /// Those in the cold code.
@@ -117,8 +123,10 @@ pub(super) enum Cold {
     Vector { from: u64, level: u8, swapped: bool, resume: u64 },
     /// Leave by a direct jump (patchable).
     Exit { from: u64, target: u16, shape: Shape },
-    /// Leave through the jump table.
-    Table { from: u64, target: u64, poll: bool },
+    /// Leave by a link.
+    Jump { from: u64, target: u64, poll: bool },
+    /// A link was not entered, or somebody wants attention: see [`super::flow`].
+    Link(super::flow::Link),
     /// Return to Rust because of attention. RCX is in A if `swapped`.
     Poll { from: u64, target: u64, swapped: bool },
 }
@@ -133,6 +141,8 @@ pub(super) struct Lower<'a> {
     pub(super) cold: Vec<Cold>,
     pub(super) thunks: &'a Thunks,
     exits: Vec<Exit>,
+    /// Number of the next link.
+    pub(super) link: u32,
     sites: Vec<Site>,
     cold_sites: Vec<Site>,
     /// Need before the current instruction.
@@ -174,6 +184,8 @@ pub struct Location {
     pub cold: u64,
     /// Number of its first exit.
     pub exit: u32,
+    /// Number of its first link.
+    pub link: u32,
 }
 
 /// Translates the block at `origin`. `page`: the bytes of its page, and perhaps some of the next one. `None`: the instruction
@@ -203,6 +215,7 @@ pub fn lower(
         cold: Vec::new(),
         thunks,
         exits: Vec::new(),
+        link: at.link,
         sites: Vec::new(),
         cold_sites: Vec::new(),
         need: first.need,
@@ -220,7 +233,7 @@ pub fn lower(
     l.hot.store_gs(B, jit!(page));
     let entry = l.hot.here();
     l.ensure_vector(plan.vector);
-    for g in plan.invariants() {
+    for g in plan.ahead() {
         l.check_group(&plan, g, &first.i);
     }
     l.current = usize::MAX;
@@ -239,8 +252,7 @@ pub fn lower(
         let next = plan.steps.last()?.i.next_ip();
         if plan.at_crossing {
             // That block depends on the next page's translation too: only the jump table knows whether it is good.
-            l.code_address(A, next);
-            l.table_jump(false);
+            l.leave_page(next, false, false);
         } else {
             l.direct_exit(next, false);
         }
@@ -252,6 +264,7 @@ pub fn lower(
         entry,
         table_entry,
         exits: l.exits,
+        links: l.link,
         sites: l.sites,
         cold_sites: l.cold_sites,
         count: plan.steps.len() as u32,
@@ -353,8 +366,8 @@ impl Lower<'_> {
             Kind::Ret => self.ret(plan, n),
             Kind::JmpIndirect => {
                 self.branch_target(plan, n);
-                self.poll_table();
-                self.table_jump(false);
+                flow::poll_table(&mut self.hot, self.thunks);
+                flow::table_jump(&mut self.hot, self.thunks, false);
             }
             Kind::CallIndirect => self.call_indirect(plan, n),
             Kind::Interpret => self.call_interpreter(i),
@@ -655,13 +668,18 @@ impl Lower<'_> {
                     self.hot.patch(from, here);
                     Self::exit_stub(&mut c, self.thunks, from, target, shape, first_exit, &mut exits);
                 }
-                Cold::Table { from, target, poll } => {
+                Cold::Jump { from, target, poll } => {
                     self.hot.patch(from, here);
                     Self::address_of_code(&mut c, A, &block, target);
-                    if poll {
-                        Self::emit_poll_table(&mut c, self.thunks);
+                    if let Some(link) = self.emit_link_jump(&mut c, target, false, poll) {
+                        let here = c.here();
+                        c.patch(link.from, here);
+                        flow::link_missed(&mut c, self.thunks, &link);
                     }
-                    Self::emit_table_jump(&mut c, self.thunks, false);
+                }
+                Cold::Link(link) => {
+                    self.hot.patch(link.from, here);
+                    flow::link_missed(&mut c, self.thunks, &link);
                 }
                 Cold::Poll { from, target, swapped } => {
                     self.hot.patch(from, here);
@@ -732,7 +750,7 @@ mod tests {
         let thunks = Thunks { bmi2: true, ..Thunks::default() };
         let mut page = [0xf4; 4096];
         page[..code.len()].copy_from_slice(code);
-        let at = Location { hot: 0x10_0000, cold: 0x20_0000, exit: 0 };
+        let at = Location { hot: 0x10_0000, cold: 0x20_0000, exit: 0, link: 0 };
         let l = lower(Origin::long(0x1000), &page, Shape::Grouped, &features, kernel::Mode::default(), &thunks, at)
             .unwrap();
         Decoder::with_ip(64, &l.hot.bytes, 0x10_0000, DecoderOptions::NONE).iter().map(|i| i.to_string()).collect()

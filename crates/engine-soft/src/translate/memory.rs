@@ -5,6 +5,9 @@
 //! added to its address. The read or write tag of the TLB set in use makes permission, presence, A and D bits, code pages,
 //! watchpoints, MMIO and the page's end one comparison.
 //!
+//! In a loop of one block, a group whose address moves by a constant is compared with the page of the round before:
+//! `lea r9,[lowest]; sub r9,gs:[page]; cmp r9,4096-span; ja miss; mov r11,gs:[addend]`; its miss looks at the TLB first.
+//!
 //! A miss asks Rust to fill the slot and tries again. What cannot be filled (a fault, a device, a page's end) is left to the
 //! interpreter: at once if the check stands right before its only access, else in a translation without groups.
 
@@ -19,6 +22,7 @@ use crate::mmu::tlb::{SLOTS, TlbEntry};
 use crate::vp::VpBlock;
 use iced_x86::{Instruction, Mnemonic};
 use std::mem::{offset_of, size_of};
+use x86::paging::PAGE_SIZE;
 use x86::segment::{Segment, sreg};
 
 /// What is done when a check fails.
@@ -39,6 +43,8 @@ pub(super) struct Miss {
     pub(super) write: bool,
     /// The flags are in RAX.
     pub(super) keep: bool,
+    /// Slot of a moving group: the TLB is still to be looked at.
+    pub(super) moved: Option<usize>,
     /// What follows if nothing can be filled.
     pub(super) then: Then,
 }
@@ -142,7 +148,10 @@ impl Lower<'_> {
         }
         let g = &plan.groups[number];
         let keep = self.before_clobber();
-        self.linear(A, &g.expression, g.low);
+        // In the loop a moving group is compared with the page of the round before.
+        let moved = g.slot.filter(|_| g.moving.is_some() && self.inner != 0);
+        let low = g.moving.filter(|_| moved.is_none()).unwrap_or(g.low);
+        self.linear(A, &g.expression, low);
         if keep {
             Self::keep_flags(&mut self.hot);
         }
@@ -150,14 +159,31 @@ impl Lower<'_> {
         // The address is needed again if the flags are in RAX, or if the only access follows and would compute it anew.
         let single = g.is_single();
         let preserve = keep || g.expression.direct(host).is_none();
-        let from = self.compare(g.span, g.write, preserve);
-        self.hot.load(C, B, offset_of!(TlbEntry, addend) as i32);
+        let h = &mut self.hot;
+        let from = match moved {
+            Some(slot) => {
+                let from = Self::compare_page(h, g.span, preserve, |h, difference| {
+                    h.gs(true, 0x2b, difference, jit!(tags) + 8 * slot);
+                });
+                h.load_gs(C, jit!(addends) + 8 * slot);
+                from
+            }
+            None => {
+                let from = Self::compare(h, self.bmi2, g.span, g.write, preserve);
+                h.load(C, B, offset_of!(TlbEntry, addend) as i32);
+                from
+            }
+        };
         let found = self.hot.here();
         if keep {
             Self::restore_flags(&mut self.hot);
         }
-        if let Some(slot) = g.slot {
+        if let Some(slot) = g.slot.filter(|_| moved.is_none()) {
             self.hot.store_gs(C, jit!(addends) + 8 * slot);
+            if g.moving.is_some() {
+                self.hot.load(B, B, tag_of(g.write));
+                self.hot.store_gs(B, jit!(tags) + 8 * slot);
+            }
         }
         self.current = number;
         if preserve {
@@ -183,10 +209,11 @@ impl Lower<'_> {
             outside: None,
             retry,
             found,
-            address: (!preserve).then_some((g.expression, g.low)),
+            address: (!preserve).then_some((g.expression, low)),
             span: g.span as u32,
             write: g.write,
             keep,
+            moved,
             then,
         };
         if single {
@@ -210,9 +237,8 @@ impl Lower<'_> {
 
     /// Compares the address in A with the tag of its slot, whose address is then in B. Gives the displacement of the jump
     /// that is taken on a miss. Destroys A, or C if A is to be preserved.
-    pub(super) fn compare(&mut self, span: i64, write: bool, preserve: bool) -> u64 {
-        let h = &mut self.hot;
-        if self.bmi2 {
+    pub(super) fn compare(h: &mut Asm, bmi2: bool, span: i64, write: bool, preserve: bool) -> u64 {
+        if bmi2 {
             h.rorx(B, A, 7);
         } else {
             h.mov(B, A);
@@ -221,14 +247,18 @@ impl Lower<'_> {
         const { assert!(size_of::<TlbEntry>() == 32) };
         h.alu_imm(false, 4, B, ((SLOTS - 1) << 5) as i32);
         h.gs(true, 0x03, B, offset_of!(VpBlock, tlb) + offset_of!(TlbPointers, data));
+        Self::compare_page(h, span, preserve, |h, difference| h.op_mem(0x2b, difference, B, tag_of(write)))
+    }
+
+    /// Compares the address in A with a page that `subtract` takes from it. As [`Lower::compare`].
+    fn compare_page(h: &mut Asm, span: i64, preserve: bool, subtract: impl FnOnce(&mut Asm, u8)) -> u64 {
         let difference = if preserve {
             h.mov(C, A);
             C
         } else {
             A
         };
-        let tag = if write { offset_of!(TlbEntry, tag_w) } else { offset_of!(TlbEntry, tag_r) };
-        h.op_mem(0x2b, difference, B, tag as i32);
+        subtract(h, difference);
         h.alu_imm(true, 7, difference, 4096 - span as i32);
         h.jcc(cc::A, 0)
     }
@@ -236,20 +266,43 @@ impl Lower<'_> {
     /// Cold: a check failed.
     pub(super) fn miss(&mut self, c: &mut Asm, miss: Miss, first_exit: u32, exits: &mut Vec<Exit>) {
         self.hot.patch(miss.from, c.here());
-        if let Some((expression, low)) = miss.address {
-            Self::linear_address(c, A, &expression, low);
+        let address = |c: &mut Asm| {
+            if let Some((expression, low)) = &miss.address {
+                Self::linear_address(c, A, expression, *low);
+            }
+        };
+        address(c);
+        let mut retry = miss.retry;
+        if let Some(slot) = miss.moved {
+            retry = c.here();
+            let from = Self::compare(c, self.bmi2, i64::from(miss.span), miss.write, miss.address.is_none());
+            c.load(C, B, offset_of!(TlbEntry, addend) as i32);
+            c.store_gs(C, jit!(addends) + 8 * slot);
+            c.load(B, B, tag_of(miss.write));
+            c.store_gs(B, jit!(tags) + 8 * slot);
+            c.jmp(miss.found);
+            let here = c.here();
+            c.patch(from, here);
+            address(c);
         }
         let (copy, single) = match miss.then {
             Then::Interpret { body, .. } => (body.is_some(), true),
             Then::Single(_) => (false, false),
         };
-        // What reaches into the next page cannot be filled, and a group is not worth a closer look.
-        let crosses = (!single && miss.span > 1).then(|| {
+        // What reaches into the next page cannot be filled, and a group is not worth a closer look. The check of a group may
+        // stand before a test of its pointer: a null pointer (or an error number in its place) comes here often.
+        let mut futile = Vec::new();
+        if !single {
+            c.lea(true, B, Some(A), 4, 1, PAGE_SIZE as i32);
+            c.alu_imm(true, 7, B, 2 * PAGE_SIZE as i32);
+            futile.push(c.jcc(cc::B, 0));
+        }
+        if !single && miss.span > 1 {
             c.bs(&[0x45, 0x89, 0xca]); // mov r10d, r9d
             c.alu_imm(false, 4, B, 0xfff);
             c.alu_imm(false, 7, B, 4096 - miss.span as i32);
-            c.jcc(cc::A, 0)
-        });
+            futile.push(c.jcc(cc::A, 0));
+        }
         let wanted =
             u64::from(miss.span) | u64::from(miss.write) << 16 | u64::from(copy) << 17 | u64::from(single) << 18;
         c.mov_imm(B, wanted);
@@ -257,7 +310,7 @@ impl Lower<'_> {
         const { assert!(Filled::Hit as u8 == 1 && Filled::Addend as u8 == 2 && Filled::Copy as u8 == 3) };
         let decrement = |c: &mut Asm| c.bs(&[0x49, 0xff, 0xca]); // dec r10
         decrement(c);
-        c.jcc(cc::E, miss.retry);
+        c.jcc(cc::E, retry);
         if single {
             decrement(c);
             c.jcc(cc::E, miss.found);
@@ -269,8 +322,8 @@ impl Lower<'_> {
             }
             _ => None,
         };
-        if let Some(at) = crosses {
-            let here = c.here();
+        let here = c.here();
+        for at in futile {
             c.patch(at, here);
         }
         if let Some(at) = miss.outside {
@@ -362,7 +415,7 @@ impl Lower<'_> {
         if keep {
             Self::keep_flags(&mut self.hot);
         }
-        let from = self.compare(size as i64, write, true);
+        let from = Self::compare(&mut self.hot, self.bmi2, size as i64, write, true);
         self.forget();
         self.hot.op_mem(0x03, A, B, offset_of!(TlbEntry, addend) as i32);
         if keep {
@@ -377,6 +430,12 @@ impl Lower<'_> {
         self.hot.lea(true, A, Some(SP), 4, 1, -8);
         self.check(8, true);
     }
+}
+
+/// Offset of a slot's tag for reading or writing.
+fn tag_of(write: bool) -> i32 {
+    let tag = if write { offset_of!(TlbEntry, tag_w) } else { offset_of!(TlbEntry, tag_r) };
+    tag as i32
 }
 
 /// Offset of a segment's base in the VP block.

@@ -154,6 +154,9 @@ pub struct Group {
     pub relative: i64,
     /// Its address is the same in each round of a block that is a loop, so one check at the entry is enough.
     pub invariant: bool,
+    /// Its address moves by a constant in each round of a block that is a loop, so its page is mostly that of the round before:
+    /// lowest byte, as a constant relative to the expression at the block's start.
+    pub moving: Option<i64>,
     /// Bytes from there on.
     pub span: i64,
     /// Is there a write?
@@ -171,7 +174,12 @@ pub struct Group {
 impl Group {
     /// Does the check stand right before its only access? Then the interpreter can take over there.
     pub fn is_single(&self) -> bool {
-        self.accesses == 1 && self.at == self.first && !self.invariant
+        self.accesses == 1 && self.at == self.first && !self.is_ahead()
+    }
+
+    /// Is it (also) checked before the loop that the block is?
+    pub fn is_ahead(&self) -> bool {
+        self.invariant || self.moving.is_some()
     }
 }
 
@@ -288,6 +296,9 @@ impl Plan {
                 self.ended = true;
                 break;
             }
+            if matches!(kind, Kind::Jcc | Kind::Loop) && i.near_branch_target() == rip {
+                break; // a loop is a block of its own
+            }
         }
         if self.steps.is_empty() && !self.at_crossing {
             // The first instruction is invalid: a block that leads to the interpreter, so that the next time costs a jump
@@ -299,31 +310,57 @@ impl Plan {
         }
     }
 
-    /// Liveness of the flags, backwards. What lies outside the page is not looked at: its contents may differ from one
-    /// address space to another, and change without this page's changing.
+    /// Liveness of the flags, backwards, until the jumps inside the block agree. What lies outside the page is not looked at: its
+    /// contents may differ from one address space to another, and change without this page's changing.
     fn flags(&mut self, origin: &Origin, page: &[u8]) {
         let page = &page[..page.len().min(0x1000)];
-        let at_crossing = self.at_crossing;
-        let of = |target: u64| {
-            let offset = origin.offset(target);
-            if offset < page.len() as u64 { flags::peek(&page[offset as usize..], origin.bits()) } else { flags::ALL }
-        };
-        let Some(last) = self.steps.last() else { return };
-        let mut need = match last.kind {
-            _ if !self.ended && at_crossing => flags::ALL,
-            _ if !self.ended => of(last.i.next_ip()),
-            Kind::Jmp | Kind::Call => of(last.i.near_branch_target()),
+        let peek = |target: u64| match origin.offset(target) {
+            offset if offset < page.len() as u64 => flags::peek(page, offset as usize, origin.bits()),
             _ => flags::ALL,
         };
-        self.need_after = Need { hard: need };
-        for step in self.steps.iter_mut().rev() {
-            let effect = flags::effect(&step.i, step.kind);
-            need = need & !effect.kills | effect.reads;
-            if matches!(step.kind, Kind::Jcc | Kind::Loop) {
-                step.taken = of(step.i.near_branch_target());
-                need |= step.taken;
+        // Targets in the block itself are looked up there, from round to round; the others once.
+        let own = |steps: &[Step], target: u64| steps.binary_search_by_key(&target, |s| s.i.ip()).ok();
+        let mut again = false;
+        for n in 0..self.steps.len() {
+            let Step { i, kind, .. } = self.steps[n];
+            if matches!(kind, Kind::Jcc | Kind::Loop) {
+                let target = i.near_branch_target();
+                let inside = own(&self.steps, target).is_some();
+                again |= inside;
+                self.steps[n].taken = if inside { 0 } else { peek(target) };
             }
-            step.need = Need { hard: need };
+        }
+        let Some(last) = self.steps.last() else { return };
+        let (end, to) = match last.kind {
+            _ if !self.ended && self.at_crossing => (flags::ALL, None),
+            _ if !self.ended => (peek(last.i.next_ip()), None),
+            Kind::Jmp | Kind::Call => match own(&self.steps, last.i.near_branch_target()) {
+                Some(to) => (0, Some(to)),
+                None => (peek(last.i.near_branch_target()), None),
+            },
+            _ => (flags::ALL, None),
+        };
+        again |= to.is_some();
+        loop {
+            let mut need = to.map_or(end, |to| self.steps[to].need.hard);
+            self.need_after = Need { hard: need };
+            let mut changed = false;
+            for n in (0..self.steps.len()).rev() {
+                let Step { i, kind, .. } = self.steps[n];
+                let effect = flags::effect(&i, kind);
+                need = need & !effect.kills | effect.reads;
+                if matches!(kind, Kind::Jcc | Kind::Loop) {
+                    if again && let Some(to) = own(&self.steps, i.near_branch_target()) {
+                        self.steps[n].taken = self.steps[to].need.hard;
+                    }
+                    need |= self.steps[n].taken;
+                }
+                changed |= self.steps[n].need.hard != need;
+                self.steps[n].need = Need { hard: need };
+            }
+            if !again || !changed {
+                break;
+            }
         }
     }
 
@@ -384,6 +421,7 @@ impl Plan {
                             slot: None,
                             relative: 0,
                             invariant: false,
+                            moving: None,
                         });
                         if groupable {
                             open.push((number, versions));
@@ -430,7 +468,7 @@ impl Plan {
             g.low = g.low.wrapping_sub(constants(&before[at], &g.expression).1);
         }
         if shape == Shape::Grouped && !verify && barrier == 0 && self.is_loop(rip) {
-            self.find_invariants(rip, &before, &values);
+            self.find_invariants(rip, &before, &values, origin.facts.is_none());
         }
     }
 
@@ -442,13 +480,19 @@ impl Plan {
         !early && self.steps.last().is_some_and(jumps)
     }
 
-    /// Groups whose registers the block leaves as they were move to its entry. Nothing in such a block can end what a check
-    /// promises: there is no barrier, and whoever changes translations has the loop left at its poll.
-    fn find_invariants(&mut self, rip: u64, before: &[Values], after: &Values) {
+    /// Groups whose registers the block leaves as they were move to its entry. Those whose registers it moves by a constant are
+    /// compared with the page of the round before. Nothing in such a block can end what a check promises: there is no
+    /// barrier, and whoever changes translations has the loop left at its poll.
+    fn find_invariants(&mut self, rip: u64, before: &[Values], after: &Values, moving: bool) {
         for g in &mut self.groups {
             let whole = |values: &Values| constants(values, &g.expression);
             let start = whole(&before[0]);
-            if start.0 != whole(&before[g.first]).0 || start != whole(after) {
+            if start.0 != whole(&before[g.first]).0 || start.0 != whole(after).0 {
+                continue;
+            }
+            let ahead = g.relative.wrapping_sub(start.1);
+            if start != whole(after) {
+                g.moving = moving.then_some(ahead);
                 continue;
             }
             // Other jumps to the start must find the same.
@@ -459,7 +503,7 @@ impl Plan {
             }
             g.invariant = true;
             g.at = 0;
-            g.low = g.relative.wrapping_sub(whole(&before[0]).1);
+            g.low = ahead;
         }
     }
 
@@ -471,7 +515,7 @@ impl Plan {
         let mut last = vec![0; self.groups.len()];
         let mut current = usize::MAX;
         for (g, needs) in self.groups.iter().zip(&mut needs) {
-            *needs = g.invariant;
+            *needs = g.is_ahead();
         }
         for n in 0..self.steps.len() {
             for g in self.checks(n) {
@@ -490,12 +534,11 @@ impl Plan {
         }
         // Those of the checks at the entry are never free again.
         let mut free_from = [0; ADDENDS];
-        let invariant = (0..needs.len()).filter(|g| self.groups[*g].invariant);
-        let others = (0..self.steps.len()).flat_map(|n| self.checks(n));
-        for number in invariant.chain(others).filter(|g| needs[*g]).collect::<Vec<_>>() {
+        let others = (0..self.steps.len()).flat_map(|n| self.checks(n)).filter(|g| !self.groups[*g].is_ahead());
+        for number in self.ahead().chain(others).filter(|g| needs[*g]).collect::<Vec<_>>() {
             let g = &mut self.groups[number];
             let Some(slot) = free_from.iter().position(|from| *from <= g.at) else { return false };
-            free_from[slot] = if g.invariant { usize::MAX } else { last[number] + 1 };
+            free_from[slot] = if g.is_ahead() { usize::MAX } else { last[number] + 1 };
             g.slot = Some(slot);
         }
         true
@@ -520,9 +563,9 @@ impl Plan {
         here(false).chain(here(true))
     }
 
-    /// Groups whose check stands before the loop that the block is.
-    pub fn invariants(&self) -> impl Iterator<Item = usize> + '_ {
-        self.groups.iter().enumerate().filter(|(_, g)| g.invariant).map(|(number, _)| number)
+    /// Groups with a check before the loop that the block is.
+    pub fn ahead(&self) -> impl Iterator<Item = usize> + '_ {
+        self.groups.iter().enumerate().filter(|(_, g)| g.is_ahead()).map(|(number, _)| number)
     }
 
     /// Accesses of instruction `n`.
@@ -767,7 +810,7 @@ mod tests {
             let accesses = (0..p.steps.len()).flat_map(|s| p.accesses_of(s).iter().map(move |a| (s, a)));
             let last = accesses.filter(|(_, a)| a.group == n).map(|(s, _)| s).max().unwrap();
             for (m, other) in p.groups.iter().enumerate() {
-                let beside = m != n && other.at >= g.at && (other.at <= last || g.invariant);
+                let beside = m != n && other.at >= g.at && (other.at <= last || g.is_ahead());
                 assert!(g.slot.is_none() || !beside || g.slot != other.slot, "{g:?} {other:?}");
             }
         }

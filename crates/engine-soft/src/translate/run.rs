@@ -103,7 +103,7 @@ pub(super) fn sync_mode(vp: &mut SoftVp, t: &mut Translator) {
 /// What translated code relies on of the address space in use.
 fn prepare(vp: &mut SoftVp, t: &mut Translator) {
     sync_mode(vp, t);
-    vp.s.jit.jump_table = vp.jump_table();
+    (vp.s.jit.jump_table, vp.s.jit.links) = vp.jump_tables();
     sync_shadow(vp, t);
 }
 
@@ -127,7 +127,9 @@ pub(super) fn flush(vp: &mut SoftVp, t: &mut Translator) {
 unsafe extern "C" fn advance(vp: *mut SoftVp, value: u64, code: u64) -> u64 {
     // SAFETY: as in `interpret`; `execute` stored the translator and does not use its reference meanwhile.
     let (vp, t) = unsafe { (&mut *vp, (*vp).s.jit.translator as *mut Translator) };
+    let (code, link) = (code & 0xff, code >> 8);
     let what = match code {
+        thunks::code::LINK => Count::Links,
         thunks::code::DIRECT => Count::Direct,
         thunks::code::INTERPRET => Count::System,
         thunks::code::TABLE => Count::Table,
@@ -145,7 +147,7 @@ unsafe extern "C" fn advance(vp: *mut SoftVp, value: u64, code: u64) -> u64 {
                     vp.s.rip = wrap(vp, vp.s.jit.page.wrapping_add(target.into()));
                     vp.verify.single = wanted == Shape::Single;
                 }
-                thunks::code::INTERPRET | thunks::code::TABLE => vp.s.rip = value,
+                thunks::code::INTERPRET | thunks::code::TABLE | thunks::code::LINK => vp.s.rip = value,
                 _ => {}
             }
             vp.verify.early = code == thunks::code::INTERPRET || vp.verify.single;
@@ -162,14 +164,16 @@ unsafe extern "C" fn advance(vp: *mut SoftVp, value: u64, code: u64) -> u64 {
                 vp.s.rip = value;
                 interp::one(vp);
             }
-            thunks::code::TABLE => vp.s.rip = value,
+            thunks::code::TABLE | thunks::code::LINK => vp.s.rip = value,
             _ => {}
         }
         if vp.s.attention.load(Ordering::SeqCst) != 0 || vp.activity != Activity::Running || !translates(vp) {
             return 0;
         }
         prepare(vp, t);
+        let link = (code == thunks::code::LINK).then_some(link as u32);
         if exit.is_none()
+            && link.is_none()
             && let Some(host) = vp.find_jump()
         {
             return host;
@@ -190,7 +194,7 @@ unsafe extern "C" fn advance(vp: *mut SoftVp, value: u64, code: u64) -> u64 {
         let host = t.table_entry(block);
         match exit {
             Some(exit) => t.chain(exit, block),
-            None => vp.enter_jump(vp.s.rip, host, t.goes_on(block)),
+            None => vp.enter_jump(vp.s.rip, host, t.goes_on(block), link),
         }
         host
     })

@@ -153,7 +153,7 @@ impl Lower<'_> {
         }
         let outside = self.segment_check(&g.expression, g.span);
         let retry = self.hot.here();
-        let from = self.compare(g.span, g.write, true);
+        let from = Self::compare(&mut self.hot, self.bmi2, g.span, g.write, true);
         self.hot.load(C, B, offset_of!(TlbEntry, addend) as i32);
         let found = self.hot.here();
         if keep {
@@ -185,7 +185,18 @@ impl Lower<'_> {
             self.open_misses.push(self.cold.len());
         }
         let (span, write) = (g.span as u32, g.write);
-        self.cold.push(Cold::Miss(Miss { from, outside, retry, found, address: None, span, write, keep, then }));
+        self.cold.push(Cold::Miss(Miss {
+            from,
+            outside,
+            retry,
+            found,
+            address: None,
+            span,
+            write,
+            keep,
+            moved: None,
+            then,
+        }));
     }
 
     /// The host's operand for an access.
@@ -203,7 +214,7 @@ impl Lower<'_> {
             Self::keep_flags(&mut self.hot);
         }
         let outside = self.segment_check(e, size as i64);
-        let from = self.compare(size as i64, write, true);
+        let from = Self::compare(&mut self.hot, self.bmi2, size as i64, write, true);
         self.forget();
         self.hot.op_mem(0x03, A, B, offset_of!(TlbEntry, addend) as i32);
         if keep {
@@ -468,11 +479,7 @@ impl Lower<'_> {
             }
             self.jump_inside(target);
         } else {
-            self.code_address(A, target);
-            if target <= i.ip() {
-                self.poll_table();
-            }
-            self.table_jump(false);
+            self.leave_page(target, false, target <= i.ip());
         }
         let here = self.hot.here();
         self.hot.patch(over, here);

@@ -25,6 +25,8 @@ pub mod code {
     pub const TABLE: u64 = 3;
     /// The interpreter was called and execution cannot go on in the block; the VP block's RIP is right.
     pub const STATE: u64 = 4;
+    /// A link that is not entered, or attention: the value is RIP; the bits from 8 on are the link's number.
+    pub const LINK: u64 = 5;
 }
 
 /// Addresses of the pieces.
@@ -40,6 +42,8 @@ pub struct Thunks {
     pub exit_resume: u64,
     /// A: RIP; flags in the host's register.
     pub exit_table: u64,
+    /// A: RIP, B: number of the link; flags in the host's register.
+    pub exit_link: u64,
     /// Called behind an instruction that was executed on a copy of its operand: writes the copy back.
     pub put_back: u64,
     /// A: RIP; flags in the host's register. Where a return without its call comes to.
@@ -344,6 +348,15 @@ pub fn build(base: u64, helpers: Helpers) -> (Vec<u8>, Thunks) {
     t.exit_direct = exit(&mut a, code::DIRECT);
     t.exit_table = exit(&mut a, code::TABLE);
     t.exit_system = exit(&mut a, code::INTERPRET);
+    t.exit_link = a.here();
+    save_state(&mut a);
+    to_host_stack(&mut a);
+    spill_light(&mut a);
+    a.mov(6, A);
+    a.mov(2, B);
+    a.bs(&[0xc1, 0xe2, 8]); // shl edx, 8
+    a.bs(&[0x83, 0xca, code::LINK as u8]); // or edx, LINK
+    a.jmp(advance);
 
     // A return without its call: the stack of return addresses is emptied.
     t.unpaired = a.here();

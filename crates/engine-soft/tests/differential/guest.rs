@@ -79,9 +79,10 @@ impl Guest {
 
     /// Puts an instruction into the page of code and chooses the mode.
     pub fn prepare(&mut self, code: &[u8], mode: Mode) {
-        let mut bytes = [0xcc; 16];
-        bytes[..code.len()].copy_from_slice(code);
-        self.memory.write(Gpa(CODE_GPA + START - CODE), &bytes).expect("RAM");
+        let mut bytes = [0xcc; 0x1000];
+        let start = (START - CODE) as usize;
+        bytes[start..start + code.len()].copy_from_slice(code);
+        self.memory.write(Gpa(CODE_GPA), &bytes).expect("RAM");
         let s = &mut *self.vp.s;
         let small = |selector, base, code| Segment {
             base,

@@ -271,7 +271,8 @@ pub fn run(code: &[u8], cases: Vec<State>, memory: Vec<u8>, mode: Mode) -> Vec<O
     let mut batch = Batch { cases, outcomes: Vec::with_capacity(n), memory, mode, own: None };
     // SAFETY: the code page is ours; the handler takes it from the INT3 and comes back to behind it.
     unsafe {
-        std::ptr::write_bytes(START as *mut u8, 0xcc, 16);
+        // All of it: a store of an earlier case may have found it.
+        std::ptr::write_bytes(CODE as *mut u8, 0xcc, 0x1000);
         std::ptr::copy_nonoverlapping(code.as_ptr(), START as *mut u8, code.len());
         BATCH.store(&raw mut batch, Ordering::SeqCst);
         let data = if mode == Mode::Compat16 { DATA16 } else { 0x2b };
