@@ -1,8 +1,7 @@
 //! `viridian vhd`: virtual hard disks as files.
 
+use crate::progress;
 use clap::{Args as ClapArgs, Subcommand, ValueEnum};
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use vhd::{BenchOptions, CheckReport, CreateOptions, DiskType, Error, Format, ImageInfo, Io, Severity};
@@ -186,8 +185,8 @@ pub fn run(args: Args) -> ExitCode {
         Command::Check(a) => return check(&a),
         Command::Convert(a) => convert(a),
         Command::Resize(a) => resize(&a),
-        Command::Merge(a) => with_bar("Merging", |p| vhd::merge(&a.path, a.format.map(Into::into), p)),
-        Command::Compact(a) => with_bar("Compacting", |p| vhd::compact(&a.path, a.format.map(Into::into), p)),
+        Command::Merge(a) => progress::counted("Merging", |p| vhd::merge(&a.path, a.format.map(Into::into), p)),
+        Command::Compact(a) => progress::counted("Compacting", |p| vhd::compact(&a.path, a.format.map(Into::into), p)),
         Command::Reparent(a) => {
             vhd::reparent(&a.image.path, a.image.format.map(Into::into), &a.parent, a.ignore_identity)
         }
@@ -244,7 +243,7 @@ fn convert(a: ConvertArgs) -> Result<(), Error> {
     let format = format_of(&a.target, a.format)?;
     let mut o = options(format, &a.layout)?;
     o.disk_type = disk_type(format, a.fixed);
-    with_bar("Converting", |p| vhd::convert(&a.source, a.source_format.map(Into::into), &a.target, &o, p))
+    progress::counted("Converting", |p| vhd::convert(&a.source, a.source_format.map(Into::into), &a.target, &o, p))
 }
 
 fn resize(a: &ResizeArgs) -> Result<(), Error> {
@@ -254,25 +253,7 @@ fn resize(a: &ResizeArgs) -> Result<(), Error> {
     } else {
         size::parse(&a.size).map_err(|e| Error::Parameter(format!("size {}: {e}", a.size)))?
     };
-    with_bar("Resizing", |p| vhd::resize(&a.image.path, format, size, a.force, p))
-}
-
-/// Runs a long operation with a bar on the terminal, if there is one.
-fn with_bar<R>(what: &'static str, work: impl FnOnce(&mut dyn FnMut(u64, u64) -> bool) -> R) -> R {
-    let target =
-        if std::io::stderr().is_terminal() { ProgressDrawTarget::stderr() } else { ProgressDrawTarget::hidden() };
-    let bar = ProgressBar::with_draw_target(None, target).with_message(what);
-    let style = "{msg} {bar:40} {percent:>3}% {binary_bytes}/{binary_total_bytes} {binary_bytes_per_sec} {eta}";
-    if let Ok(s) = ProgressStyle::with_template(style) {
-        bar.set_style(s);
-    }
-    let result = work(&mut |done, total| {
-        bar.set_length(total);
-        bar.set_position(done);
-        true
-    });
-    bar.finish_and_clear();
-    result
+    progress::counted("Resizing", |p| vhd::resize(&a.image.path, format, size, a.force, p))
 }
 
 /// Bytes for people: exact, and rounded down to a unit.

@@ -117,9 +117,7 @@ impl Vm {
             limits::remove(group);
         }
         let _ = std::fs::remove_file(self.socket_path());
-        let mut partial = self.state_path().into_os_string();
-        partial.push(".partial");
-        let _ = std::fs::remove_file(PathBuf::from(partial));
+        let _ = std::fs::remove_file(self.partial_state_path());
         let _ = std::fs::remove_file(self.record_path());
     }
 

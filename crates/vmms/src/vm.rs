@@ -78,6 +78,11 @@ impl Vm {
         self.state_folder().join("saved.state")
     }
 
+    /// Its state while it is being saved.
+    pub fn partial_state_path(&self) -> PathBuf {
+        self.state_folder().join("saved.state.partial")
+    }
+
     /// What its workers had to say.
     pub fn log_path(&self) -> PathBuf {
         self.folder.join("worker.log")

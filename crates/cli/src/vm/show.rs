@@ -1,6 +1,6 @@
 //! `viridian vm list`, `show` and `events`.
 
-use super::set;
+use super::{set, storage};
 use crate::failure::{Failure, Outcome, print_json};
 use crate::table;
 use clap::Args as ClapArgs;
@@ -169,7 +169,8 @@ pub fn show(store: &Store, args: &ShowArgs) -> Outcome {
     pairs.extend(set::memory_pairs(&config));
     pairs.extend(set::firmware_pairs(&vm, &config));
     for disk in &config.disks {
-        pairs.push((format!("Disk {}:{}", disk.controller, disk.lun), disk.image.display().to_string()));
+        let what = disk.image.display().to_string() + &storage::limits_text(&disk.limits);
+        pairs.push((format!("Disk {}:{}", disk.controller, disk.lun), what));
     }
     for drive in &config.drives {
         let disc = drive.image.as_ref().map_or("(empty)".into(), |i| i.display().to_string());

@@ -3,6 +3,7 @@
 use super::target::Target;
 use crate::connect;
 use crate::failure::{Failure, Outcome};
+use crate::progress;
 use clap::Args as ClapArgs;
 use std::time::Duration;
 use vmms::lifecycle::Stop;
@@ -117,7 +118,8 @@ pub fn start(store: &Store, args: &StartArgs) -> Outcome {
         return Err(Failure::usage("--connect shows one VM"));
     }
     each(store, &args.names, |vm| {
-        let restored = vm.start(&program, Duration::from_secs(args.timeout))?;
+        let limit = Duration::from_secs(args.timeout);
+        let restored = progress::waited(format!("Starting '{}'", vm.label()), limit, || vm.start(&program, limit))?;
         let how = if restored { " from its saved state" } else { "" };
         eprintln!("'{}' runs{how}.", vm.label());
         if args.connect { connect::vm(vm, true) } else { Ok(()) }
@@ -132,7 +134,17 @@ pub fn stop(store: &Store, args: &StopArgs) -> Outcome {
         _ => Stop::ShutDown { force: args.force },
     };
     each(store, &args.names, |vm| {
-        vm.stop(how, Duration::from_secs(args.timeout))?;
+        let limit = Duration::from_secs(args.timeout);
+        let stop = || vm.stop(how, limit);
+        let label = vm.label();
+        match how {
+            Stop::TurnOff => stop(),
+            Stop::ShutDown { .. } => progress::waited(format!("Waiting for the guest of '{label}'"), limit, stop),
+            Stop::Save => {
+                let most = vm.load().map_or(0, |config| config.memory.size.0);
+                progress::written(format!("Saving '{label}'"), &vm.partial_state_path(), most, stop)
+            }
+        }?;
         let status = vm.status(Duration::from_secs(2));
         eprintln!("'{}' is {}.", vm.label(), status.state);
         Ok(())

@@ -212,19 +212,24 @@ pub fn disk(store: &Store, command: DiskCommand) -> Outcome {
     }
 }
 
+/// Limits in words, behind something else; nothing if there are none.
+pub fn limits_text(limits: &IoLimits) -> String {
+    let iops = |text: &str, value: Option<u32>| value.map(|v| format!(", {text} {v} IOPS")).unwrap_or_default();
+    iops("at least", limits.minimum) + &iops("at most", limits.maximum)
+}
+
 fn list(store: &Store, name: &str, json: bool) -> Outcome {
     let client = Target::find(store, name)?.client()?;
     let units = client.storage()?;
     if json {
         return print_json(&units);
     }
-    let iops = |text: &str, value: Option<u32>| value.map(|v| format!(", {text} {v} IOPS")).unwrap_or_default();
     let line = |u: &Unit| {
         let what = match (u.kind, u.size) {
             (UnitKind::Disk, size) => format!("disk, {} bytes", size.unwrap_or(0)),
             (UnitKind::Dvd, _) => format!("DVD drive, {}", if u.medium { "with a disc" } else { "empty" }),
         };
-        let limits = iops("at least", u.limits.minimum) + &iops("at most", u.limits.maximum);
+        let limits = limits_text(&u.limits);
         let alert = u.alert.map(|a| format!("; alert: {} IOPS, {} s below the minimum", a.got, a.count));
         (format!("{}:{}", u.controller, u.lun), what + &limits + &alert.unwrap_or_default())
     };
