@@ -222,6 +222,15 @@ fn hyperv_scenarios() -> Vec<Case> {
             },
         ),
         scenario(
+            "file-copy-uio",
+            Boot {
+                expect: Expect::Scenario(hyperv::file_copy),
+                modules: &["hv_vmbus", "uio_hv_generic"],
+                programs: &[("fcopy-uio-daemon", "usr/sbin/hv_fcopy_uio_daemon")],
+                ..Boot::new("trixie-cloud", 2, "quiet viridian.test=hyperv-file-copy viridian.after=wait")
+            },
+        ),
+        scenario(
             "save-in-use",
             Boot {
                 expect: Expect::Scenario(hyperv::save),

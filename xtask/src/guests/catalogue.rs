@@ -162,6 +162,10 @@ pub const CATALOGUE: &[Item] = &[
     program("libvhdi", &["python3-libvhdi", "python3-minimal"], "an independent reader of VHD and VHDX chains"),
     program("fio", &["fio"], "disk load with verification"),
     program("hyperv-daemons", &["hyperv-daemons"], "guest daemons for KVP, VSS and file copy"),
+    Item {
+        suite: "sid",
+        ..program("fcopy-uio-daemon", &["hyperv-daemons"], "the guest daemon for file copy from Linux 6.10 on")
+    },
     program("network", &["iproute2", "iperf3", "isc-dhcp-client", "ethtool"], "network tools for guests"),
     program(
         "disk-tools",

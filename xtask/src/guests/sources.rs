@@ -85,8 +85,11 @@ impl HostSources {
     }
 
     /// A deb822 sources file for `suite`: the main archive, its updates, and the security archive when the machine
-    /// has one.
+    /// has one. The suite in which Debian is made has neither.
     pub fn for_suite(&self, suite: &str) -> String {
+        if suite == "sid" {
+            return self.release_only(suite);
+        }
         let mut text = stanza(&self.main, &format!("{suite} {suite}-updates"));
         if let Some(security) = &self.security {
             text.push('\n');

@@ -94,9 +94,11 @@ fn copy(archive: &mut Archive, under: &str, tree: &Path, path: &str) -> Result<V
     Ok(data)
 }
 
-/// Follows links, taking absolute ones as relative to the tree.
+/// Follows links, taking absolute ones as relative to the tree. Newer packages have everything below `usr`, and leave it to
+/// another package to make `lib64` and the like links.
 fn follow(tree: &Path, path: &str) -> Result<PathBuf> {
-    let mut at = tree.join(path);
+    let merged = format!("usr/{path}");
+    let mut at = tree.join(if !exists(tree, path) && exists(tree, &merged) { &merged } else { path });
     for _ in 0..8 {
         let Ok(target) = fs::read_link(&at) else { return Ok(at) };
         at = match target.strip_prefix("/") {
@@ -163,6 +165,9 @@ mod tests {
         fs::write(dir.path().join("lib/real"), "x").unwrap();
         std::os::unix::fs::symlink("/lib/real", dir.path().join("a")).unwrap();
         std::os::unix::fs::symlink("loop", dir.path().join("loop")).unwrap();
+        fs::create_dir_all(dir.path().join("usr/lib64")).unwrap();
+        fs::write(dir.path().join("usr/lib64/loader"), "x").unwrap();
+        assert_eq!(follow(dir.path(), "lib64/loader").unwrap(), dir.path().join("usr/lib64/loader"));
         assert_eq!(follow(dir.path(), "a").unwrap(), dir.path().join("lib/real"));
         assert!(follow(dir.path(), "loop").is_err());
     }

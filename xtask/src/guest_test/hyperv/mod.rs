@@ -8,7 +8,7 @@ mod services;
 pub use cut::cut;
 pub use disks::disks;
 pub use save::save;
-pub use services::services;
+pub use services::{file_copy, services};
 
 use super::hosted::Hosted;
 use anyhow::{Context, Result, bail, ensure};

@@ -29,6 +29,21 @@ pub fn services(stage: &Stage) -> Result<()> {
     Ok(())
 }
 
+/// File copy with the daemon that Linux has from 6.10 on, which serves the channel itself through `uio_hv_generic`:
+/// `tests/guest/hyperv-file-copy.sh`. At the end the host presses the power button of a guest without the shutdown service.
+///
+/// # Errors
+/// Says what was not so.
+pub fn file_copy(stage: &Stage) -> Result<()> {
+    let file = stage.file("copied");
+    let data = noise(FILE, 4);
+    std::fs::write(&file, &data)?;
+    let mut guest = Hosted::boot(stage, &["--hyperv", "on"].map(str::to_owned))?;
+    guest.serve(|guest, words| act(guest, words, stage, &data))?;
+    let _ = std::fs::remove_file(file);
+    Ok(())
+}
+
 fn act(guest: &mut Hosted, words: &[&str], stage: &Stage, data: &[u8]) -> Result<String> {
     if let Some(done) = common(guest, words) {
         return done;
@@ -38,6 +53,9 @@ fn act(guest: &mut Hosted, words: &[&str], stage: &Stage, data: &[u8]) -> Result
         ["connected"] => wait_for(guest, &["status"], "not all services are connected", |s| {
             ["shutdown", "kvp", "vss", "file-copy"].iter().all(|key| value(s, key) == Some("connected"))
         }),
+        ["file-copy"] => {
+            wait_for(guest, &["status"], "file copy is not connected", |s| value(s, "file-copy") == Some("connected"))
+        }
         ["kvp-addresses", release] => wait_for(guest, &["kvp"], "data exchange", |pairs| {
             let has = |key: &str, text: &str| value(pairs, key).is_some_and(|v| v.contains(text));
             has("NetworkAddressIPv4", "192.0.2.7")
