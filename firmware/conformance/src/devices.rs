@@ -321,5 +321,13 @@ unsafe fn attributes() {
     check("MemoryAttribute.Clear/no-attribute", &[INVALID], clear(p, at, 0x1000, 0));
     check("MemoryAttribute.Clear/other-attribute", &[INVALID], clear(p, at, 0x1000, efi::MEMORY_UC));
     check("MemoryAttribute.Clear/unaligned", &[UNSUPPORTED], clear(p, at + 8, 0x1000, ro));
+    // Whoever gets a page next finds it as memory is.
+    let _ = set(p, at, 0x1000, ro | xp);
+    check("MemoryAttribute.FreePages/protected", &[OK], (bs().free_pages)(at, 4));
+    let mut same = at;
+    let got = (bs().allocate_pages)(efi::ALLOCATE_ADDRESS, efi::LOADER_DATA, 4, &mut same);
+    check("MemoryAttribute.AllocatePages/was-protected", &[OK], got);
+    let _ = get(p, at, 0x4000, &mut a);
+    equal("MemoryAttribute.Get/after-free", 0, a);
     let _ = (bs().free_pages)(at, 4);
 }

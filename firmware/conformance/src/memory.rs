@@ -4,6 +4,7 @@ use crate::env::{bogus, bs, free, pool};
 use crate::report::{check, holds, s::*};
 use core::ffi::c_void;
 use core::ptr::null_mut;
+use core::sync::atomic::{AtomicU32, Ordering};
 use r_efi::efi::{self, MemoryDescriptor};
 
 const PAGE: u64 = 4096;
@@ -63,8 +64,28 @@ fn end(d: &MemoryDescriptor) -> u64 {
     d.physical_start + d.number_of_pages * PAGE
 }
 
+static CHANGES: AtomicU32 = AtomicU32::new(0);
+unsafe extern "efiapi" fn changed(_: efi::Event, _: *mut c_void) {
+    CHANGES.fetch_add(1, Ordering::Relaxed);
+}
+
+/// `EFI_EVENT_GROUP_MEMORY_MAP_CHANGE`: told of allocations and frees.
+unsafe fn changes() {
+    let mut event = null_mut();
+    let group = efi::EVENT_GROUP_MEMORY_MAP_CHANGE;
+    let _ = (bs().create_event_ex)(0x200, 8, Some(changed), null_mut(), &group, &mut event);
+    let mut at = 0;
+    let _ = (bs().allocate_pages)(efi::ALLOCATE_ANY_PAGES, efi::LOADER_DATA, 7, &mut at);
+    let allocated = CHANGES.load(Ordering::Relaxed);
+    holds("AllocatePages/map-change-is-told", allocated > 0);
+    let _ = (bs().free_pages)(at, 7);
+    holds("FreePages/map-change-is-told", CHANGES.load(Ordering::Relaxed) > allocated);
+    let _ = (bs().close_event)(event);
+}
+
 pub unsafe fn run() {
     map();
+    changes();
     pages();
     free_pages();
     pools();

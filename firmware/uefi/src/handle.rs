@@ -96,7 +96,9 @@ pub fn install(handle: efi::Handle, guid: &Guid, interface: *mut c_void) -> Resu
         h.interfaces.insert(0, Interface { guid: *guid, pointer: interface, openings: Vec::new() });
         Ok((handle, d.announce(handle, guid)))
     })?;
-    events.into_iter().for_each(|e| drop(event::signal(e)));
+    for e in events {
+        let _ = event::signal(e);
+    }
     Ok(handle)
 }
 
@@ -181,7 +183,9 @@ pub fn reinstall(handle: efi::Handle, guid: &Guid, old: *mut c_void, new: *mut c
         i.pointer = new;
         Ok(d.announce(handle, guid))
     })?;
-    events.into_iter().for_each(|e| drop(event::signal(e)));
+    for e in events {
+        let _ = event::signal(e);
+    }
     let _ = connect(handle, &[], core::ptr::null_mut(), true);
     Ok(())
 }

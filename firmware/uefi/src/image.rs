@@ -361,7 +361,9 @@ pub unsafe extern "efiapi" fn start_image(h: efi::Handle, size: *mut usize, data
         let entry: Entry = core::mem::transmute::<usize, Entry>(entry as usize);
         image_start_on(entry, h, tables::system(), slot)
     };
-    RUNNING.with(|r| drop(r.pop()));
+    RUNNING.with(|r| {
+        r.pop();
+    });
     // SAFETY: made above; nobody uses it any more.
     drop(unsafe { Box::from_raw(slot) });
     if event::tpl() != tpl {

@@ -261,6 +261,17 @@ unsafe extern "efiapi" fn restore_tpl(old: efi::Tpl) {
     event::restore(old);
 }
 
+/// Does what may change the memory map, and tells those who wait for that (UEFI 2.10, section 7.1.2). Only the services do: an
+/// allocation of the firmware's own may happen while the events themselves are borrowed.
+fn told<R>(f: impl FnOnce() -> R) -> R {
+    let before = memory::summary().1;
+    let r = f();
+    if memory::summary().1 != before {
+        event::signal_group(event::GROUP_MEMORY_MAP_CHANGE);
+    }
+    r
+}
+
 unsafe extern "efiapi" fn allocate_pages(
     how: efi::AllocateType,
     kind: efi::MemoryType,
@@ -278,7 +289,7 @@ unsafe extern "efiapi" fn allocate_pages(
         efi::ALLOCATE_ADDRESS => memory::Placement::At(wanted),
         _ => return Status::INVALID_PARAMETER,
     };
-    match memory::allocate(placement, kind, pages as u64) {
+    match told(|| memory::allocate(placement, kind, pages as u64)) {
         Ok(start) => {
             // SAFETY: as above.
             unsafe { address.write_unaligned(start) };
@@ -290,7 +301,7 @@ unsafe extern "efiapi" fn allocate_pages(
     }
 }
 unsafe extern "efiapi" fn free_pages(address: efi::PhysicalAddress, pages: usize) -> Status {
-    result(memory::free(address, pages as u64))
+    result(told(|| memory::free(address, pages as u64)))
 }
 
 unsafe extern "efiapi" fn get_memory_map(
@@ -338,14 +349,14 @@ unsafe extern "efiapi" fn allocate_pool(kind: efi::MemoryType, size: usize, out:
     if out.is_null() {
         return Status::INVALID_PARAMETER;
     }
-    match heap::allocate_pool(kind, size) {
+    match told(|| heap::allocate_pool(kind, size)) {
         // SAFETY: not null.
         Ok(p) => result(unsafe { put(out, p.cast()) }),
         Err(s) => s,
     }
 }
 unsafe extern "efiapi" fn free_pool(p: *mut c_void) -> Status {
-    result(heap::free_pool(p.cast()))
+    result(told(|| heap::free_pool(p.cast())))
 }
 
 unsafe extern "efiapi" fn create_event(
