@@ -212,6 +212,11 @@ fn acceptable(i: &Instruction, kind: Kind, mode: Mode, info: &mut InstructionInf
     if segment_written {
         return false;
     }
+    // One element moves the pointers a little.
+    let string = i.is_string_instruction();
+    if string && !i.has_rep_prefix() && !i.has_repne_prefix() && kind == Kind::Interpret {
+        return i.memory_segment() != Register::CS;
+    }
     for n in 0..i.op_count() {
         match i.op_kind(n) {
             OpKind::Memory => {
@@ -288,7 +293,7 @@ fn sequence(random: &mut Random, count: usize, mode: Mode, features: &Features) 
             6 => candidate[at] = 0xc4,
             7 => candidate[at] = 0x50 | candidate[at] & 0xf,
             8 => (candidate[at], candidate[at + 1]) = (0x83, 0xc0 | candidate[at + 1] & 0x3f),
-            9 => candidate[at] = 0xa0 | candidate[at] & 3,
+            9 => candidate[at] = 0xa0 | candidate[at] & 15,
             _ => {}
         }
         let mut decoder = Decoder::with_ip(mode.bits(), &candidate, 0x100, DecoderOptions::NONE);

@@ -226,8 +226,9 @@ impl SoftVp {
 
     fn jumps(&mut self) -> &mut crate::translate::jump_table::JumpTable {
         let (class, mode) = (self.code_class(), self.s.jit.mode);
+        let linear = self.run.facts.is_some_and(|f| f.code_base == 0);
         let set = self.mmu.set(class);
-        if mode == 0 { &mut set.jumps } else { set.offset_jumps(mode) }
+        if mode == 0 { &mut set.jumps } else { set.offset_jumps(mode, linear) }
     }
 
     /// The host address of the code at the VP's RIP, if it is in the jump table.

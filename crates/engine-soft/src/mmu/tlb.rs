@@ -131,9 +131,8 @@ pub struct TlbSet {
     code_huge: Regions,
     /// Where translated code finds jump targets; flushed with the instruction side.
     pub jumps: JumpTable,
-    /// The same for 16- and 32-bit code, and the mode that it was made for ([`crate::translate::cache::Key::mode`]). Its
-    /// addresses are offsets in the code segment.
-    pub offset_jumps: Option<(Box<JumpTable>, u64)>,
+    /// The same for 16- and 32-bit code.
+    pub offset_jumps: Option<Box<OffsetJumps>>,
 }
 
 /// A filter of region numbers: says of some that are not there that they may be, never the reverse. INVLPG of a user
@@ -170,6 +169,15 @@ impl Regions {
 
 const LARGE_SHIFT: u32 = 22;
 const HUGE_SHIFT: u32 = 30;
+
+/// A jump table whose addresses are offsets in a code segment.
+pub struct OffsetJumps {
+    jumps: JumpTable,
+    /// The mode that it was made for ([`crate::translate::cache::Key::mode`]).
+    mode: u64,
+    /// The segment begins at 0: offsets are linear addresses.
+    linear: bool,
+}
 
 impl TlbSet {
     /// An empty set.
@@ -246,8 +254,8 @@ impl TlbSet {
         self.local.clear();
         self.code_epochs[0] += 1;
         self.jumps.flush_local();
-        if let Some((jumps, _)) = &mut self.offset_jumps {
-            jumps.flush_local();
+        if let Some(offset) = &mut self.offset_jumps {
+            offset.jumps.flush_local();
         }
     }
 
@@ -269,19 +277,20 @@ impl TlbSet {
     /// Empties the jump tables.
     pub fn flush_jumps(&mut self) {
         self.jumps.flush_all();
-        if let Some((jumps, _)) = &mut self.offset_jumps {
-            jumps.flush_all();
+        if let Some(offset) = &mut self.offset_jumps {
+            offset.jumps.flush_all();
         }
     }
 
     /// The jump table for a mode of 16- or 32-bit code. One mode's targets are another's garbage.
-    pub fn offset_jumps(&mut self, mode: u64) -> &mut JumpTable {
-        let (jumps, of) = self.offset_jumps.get_or_insert_with(|| (Box::new(JumpTable::new()), mode));
-        if *of != mode {
-            jumps.flush_all();
-            *of = mode;
+    pub fn offset_jumps(&mut self, mode: u64, linear: bool) -> &mut JumpTable {
+        let offset =
+            self.offset_jumps.get_or_insert_with(|| Box::new(OffsetJumps { jumps: JumpTable::new(), mode, linear }));
+        if offset.mode != mode {
+            offset.jumps.flush_all();
+            (offset.mode, offset.linear) = (mode, linear);
         }
-        jumps
+        &mut offset.jumps
     }
 
     /// Drops the instruction side.
@@ -317,9 +326,10 @@ impl TlbSet {
             self.flush_jumps();
         } else {
             self.jumps.invalidate(la);
-            if let Some((jumps, _)) = &mut self.offset_jumps {
-                // Which offsets lead to that page is known in flat segments only.
-                jumps.flush_all();
+            match &mut self.offset_jumps {
+                Some(offset) if offset.linear => offset.jumps.invalidate(la),
+                Some(offset) => offset.jumps.flush_all(),
+                None => {}
             }
             let e = &mut self.code[(la >> 12) as usize & (CODE_SLOTS - 1)];
             if e.page == page {

@@ -36,7 +36,9 @@ pub fn effect(i: &Instruction, kind: Kind) -> Effect {
             i.op1_kind() == OpKind::Register && i.op1_register() == Register::CL
         }
         M::Shld | M::Shrd => i.op2_kind() == OpKind::Register,
-        M::Cmpsb | M::Cmpsw | M::Cmpsd | M::Cmpsq | M::Scasb | M::Scasw | M::Scasd | M::Scasq => true,
+        M::Cmpsb | M::Cmpsw | M::Cmpsd | M::Cmpsq | M::Scasb | M::Scasw | M::Scasd | M::Scasq => {
+            i.has_rep_prefix() || i.has_repne_prefix()
+        }
         _ => false,
     };
     Effect { reads, writes, kills: if variable { 0 } else { writes } }

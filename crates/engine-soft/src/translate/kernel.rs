@@ -52,6 +52,8 @@ pub enum System {
     RepStos(u8),
     /// REP MOVS: log2 of the element's size.
     RepMovs(u8),
+    /// LODS, STOS, MOVS, SCAS or CMPS of one element, in 16- and 32-bit code.
+    Element,
     /// BT, BTS, BTR, BTC of memory by a register of 4 (`false`) or 8 bytes: the bit may lie anywhere.
     BitString(bool),
 }
@@ -321,6 +323,7 @@ impl Lower<'_> {
             System::RepStos(size) | System::RepMovs(size) => {
                 self.repeated(size, matches!(system, System::RepMovs(_)));
             }
+            System::Element => self.element(i),
             System::BitString(wide) => self.bit_string(i, wide),
         }
     }

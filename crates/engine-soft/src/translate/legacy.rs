@@ -18,6 +18,7 @@ use x86::segment::sreg;
 pub fn stack_size(i: &Instruction) -> usize {
     use Code::*;
     match i.code() {
+        Pushw_ES | Pushw_CS | Pushw_SS | Pushw_DS | Pushw_FS | Pushw_GS => 2,
         Retnw | Retnw_imm16 | Call_rel16 | Call_rm16 | Leavew | Push_r16 | Push_rm16 | Push_imm16 | Pushw_imm8
         | Pop_r16 | Pop_rm16 | Pushfw | Popfw | Pushaw | Popaw => 2,
         _ => 4,
@@ -79,6 +80,12 @@ fn next(i: &Instruction, facts: &Facts) -> Kind {
     match i.mnemonic() {
         M::Push => {
             return match i.code() {
+                Code::Pushd_ES | Code::Pushd_CS | Code::Pushd_SS | Code::Pushd_DS | Code::Pushd_FS | Code::Pushd_GS => {
+                    Kind::Push
+                }
+                Code::Pushw_ES | Code::Pushw_CS | Code::Pushw_SS | Code::Pushw_DS | Code::Pushw_FS | Code::Pushw_GS => {
+                    Kind::Push
+                }
                 Code::Push_r32
                 | Code::Push_r16
                 | Code::Push_rm32
@@ -162,12 +169,19 @@ pub fn refine(i: &Instruction, kind: Kind, mode: &Mode, facts: &Facts, bmi2: boo
     if !matches!(kind, Kind::Interpret | Kind::Stop) {
         return kind;
     }
+    let repeated = i.has_rep_prefix() || i.has_repne_prefix();
     let system = match i.code() {
         Pushfd | Pushfw if facts.protected || mode.kernel => System::Pushf,
         Rdtsc if bmi2 && mode.may_read_tsc() => System::Rdtsc,
         Rdtscp if bmi2 && mode.may_read_tsc() => System::Rdtscp,
+        Lodsb_AL_m8 | Lodsw_AX_m16 | Lodsd_EAX_m32 | Scasb_AL_m8 | Scasw_AX_m16 | Scasd_EAX_m32 | Cmpsb_m8_m8
+        | Cmpsw_m16_m16 | Cmpsd_m32_m32
+            if !repeated =>
+        {
+            System::Element
+        }
         Stosb_m8_AL | Stosw_m16_AX | Stosd_m32_EAX | Movsb_m8_m8 | Movsw_m16_m16 | Movsd_m32_m32 => {
-            match string(i, facts) {
+            match if repeated { string(i, facts) } else { Some(System::Element) } {
                 Some(system) => system,
                 None => return kind,
             }
@@ -251,6 +265,28 @@ pub fn expression_of(i: &Instruction, facts: &Facts) -> (Expression, i64) {
         word,
     };
     (e, displacement)
+}
+
+/// The addresses that a string instruction reads through SI or ESI, and reads or writes through DI or EDI.
+pub fn string_expressions(i: &Instruction, facts: &Facts) -> (Option<Expression>, Option<Expression>) {
+    let through = |register, seg, word| Expression {
+        base: Base::Register(register),
+        index: None,
+        segment: segment(seg, facts),
+        narrow: true,
+        word,
+    };
+    let (mut source, mut destination) = (None, None);
+    for n in 0..i.op_count() {
+        match i.op_kind(n) {
+            OpKind::MemorySegESI => source = Some(through(6, segment_number(i.memory_segment()), false)),
+            OpKind::MemorySegSI => source = Some(through(6, segment_number(i.memory_segment()), true)),
+            OpKind::MemoryESEDI => destination = Some(through(7, sreg::ES, false)),
+            OpKind::MemoryESDI => destination = Some(through(7, sreg::ES, true)),
+            _ => {}
+        }
+    }
+    (source, destination)
 }
 
 /// What an instruction accesses.

@@ -16,8 +16,9 @@ use super::raw::{Place, Raw};
 use crate::mmu::tlb::TlbEntry;
 use crate::vp::VpBlock;
 use iced_x86::{Instruction, Mnemonic, OpCodeOperandKind, OpKind, Register};
-use std::mem::offset_of;
+use std::mem::{offset_of, size_of};
 use x86::regs::rflags;
+use x86::segment::Segment;
 
 /// Host RSI, for instructions that cannot name a scratch register.
 const RSI: u8 = 6;
@@ -206,13 +207,20 @@ impl Lower<'_> {
         (access.relative - plan.groups[access.group].relative) as i32
     }
 
-    /// Turns an address into a host address in A, or goes the slow way. For system instructions.
-    fn check_one(&mut self, e: &Expression, displacement: i64, size: usize, write: bool) {
+    /// Turns an address into a host address in A, or goes the slow way. For system instructions. `upwards`: only if DF is clear.
+    fn check_one(&mut self, e: &Expression, displacement: i64, size: usize, write: bool, upwards: bool) {
         let keep = self.before_clobber();
         self.offset_into(A, e, displacement);
         if keep {
             Self::keep_flags(&mut self.hot);
         }
+        let downwards = upwards.then(|| {
+            let h = &mut self.hot;
+            h.bs(&[0x65, 0xf6, 0x04, 0x25]); // test byte gs:[rflags + 1], DF
+            h.d(offset_of!(VpBlock, rflags) as u32 + 1);
+            h.b((rflags::DF >> 8) as u8);
+            h.jcc(cc::NE, 0)
+        });
         let outside = self.segment_check(e, size as i64);
         let from = Self::compare(&mut self.hot, self.bmi2, size as i64, write, true);
         self.forget();
@@ -220,7 +228,7 @@ impl Lower<'_> {
         if keep {
             Self::restore_flags(&mut self.hot);
         }
-        self.slow.extend(outside.map(|at| (at, keep)));
+        self.slow.extend(downwards.into_iter().chain(outside).map(|at| (at, keep)));
         self.slow.push((from, keep));
         self.current = usize::MAX;
     }
@@ -338,6 +346,16 @@ impl Lower<'_> {
         let accesses = plan.accesses_of(n);
         let Some(stack) = accesses.last() else { return };
         match i.op0_kind() {
+            OpKind::Register if i.op0_register().is_segment_register() => {
+                let d = self.pointer(plan, stack);
+                let selector = offset_of!(VpBlock, segments)
+                    + size_of::<Segment>() * i.op0_register().number()
+                    + offset_of!(Segment, selector);
+                self.hot.bs(&[0x65, 0x44, 0x0f, 0xb7, 0x14, 0x25]); // movzx r10d, word gs:[selector]
+                self.hot.d(selector as u32);
+                self.b = Holds::Nothing;
+                store(&mut self.hot, size, B, C, d);
+            }
             OpKind::Register => {
                 let d = self.pointer(plan, stack);
                 let from = host(number(i.op0_register())).unwrap_or(A);
@@ -486,11 +504,59 @@ impl Lower<'_> {
         self.forget();
     }
 
+    /// LODS, STOS, MOVS, SCAS and CMPS of one element, upwards.
+    pub(super) fn element(&mut self, i: &Instruction) {
+        let Some(facts) = self.origin.facts else { return };
+        let size = i.memory_size().size();
+        let (source, destination) = legacy::string_expressions(i, &facts);
+        let writes = matches!(i.op0_kind(), OpKind::MemoryESDI | OpKind::MemoryESEDI);
+        if let Some(e) = &source {
+            self.check_one(e, 0, size, false, true);
+            if destination.is_some() {
+                self.hot.store_gs(A, jit!(temporary));
+            }
+        }
+        if let Some(e) = &destination {
+            self.check_one(e, 0, size, writes, source.is_none());
+        }
+        let h = &mut self.hot;
+        let sized = |h: &mut Asm, op: u8, reg: u8, base: u8| {
+            if size == 2 {
+                h.b(0x66);
+            }
+            h.bs(&[0x40 | (reg >> 3) << 2 | base >> 3, op | u8::from(size != 1)]);
+            h.operand(reg, base, 0);
+        };
+        // MOV to and from memory, CMP with memory.
+        const LOAD: u8 = 0x8a;
+        const STORE: u8 = 0x88;
+        const COMPARE: u8 = 0x3a;
+        match i.mnemonic() {
+            Mnemonic::Lodsb | Mnemonic::Lodsw | Mnemonic::Lodsd => sized(h, LOAD, RAX, A),
+            Mnemonic::Stosb | Mnemonic::Stosw | Mnemonic::Stosd => sized(h, STORE, RAX, A),
+            Mnemonic::Scasb | Mnemonic::Scasw | Mnemonic::Scasd => sized(h, COMPARE, RAX, A),
+            mnemonic => {
+                h.load_gs(B, jit!(temporary));
+                sized(h, LOAD, C, B);
+                let moves = matches!(mnemonic, Mnemonic::Movsb | Mnemonic::Movsw | Mnemonic::Movsd);
+                sized(h, if moves { STORE } else { COMPARE }, C, A);
+            }
+        }
+        for e in [source, destination].into_iter().flatten() {
+            if let Base::Register(r) = e.base {
+                if e.word {
+                    self.hot.b(0x66);
+                }
+                self.hot.lea(false, r, Some(r), 4, 1, size as i32);
+            }
+        }
+    }
+
     /// PUSHF and PUSHFD. What follows may read the flags: they are in the host's register and stay there.
     pub(super) fn pushf_segmented(&mut self, i: &Instruction) {
         let Some(facts) = self.origin.facts else { return };
         let size = legacy::stack_size(i);
-        self.check_one(&legacy::stack(&facts), -(size as i64), size, true);
+        self.check_one(&legacy::stack(&facts), -(size as i64), size, true, false);
         let h = &mut self.hot;
         h.pushf();
         h.bs(&[0x41, 0x5a]); // pop r10
@@ -514,7 +580,7 @@ impl Lower<'_> {
     pub(super) fn popf_segmented(&mut self, i: &Instruction) {
         let Some(facts) = self.origin.facts else { return };
         let size = legacy::stack_size(i);
-        self.check_one(&legacy::stack(&facts), 0, size, false);
+        self.check_one(&legacy::stack(&facts), 0, size, false, false);
         // All flags are overwritten: nothing to keep.
         let h = &mut self.hot;
         load(h, size, B, A, 0);
