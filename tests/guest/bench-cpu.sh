@@ -1,6 +1,6 @@
 # The programs of `cargo xtask bench cpu`, the same on the bare machine and in every guest.
 # Arguments: tree of Debian's programs, folder of inputs (writable), the micro program, names of the only programs to run
-# (joined by +, or `all`), then micro, programs or both.
+# (joined by +, or `all`), then some of micro, programs, programs32.
 tree=$1 work=$2 micro=$3 only=$4
 shift 4
 cd "$work" || exit
@@ -33,13 +33,35 @@ programs() {
     run find usr/bin/find "$library" "$library" "$library" "$library" "$library" "$library" "$library" -name '*a*.py' -newermt 1969-01-01 -size +1k -printf x
 }
 
+# The same with the applets of a static program of 32 bits.
+run32() {
+    name=$1
+    shift
+    case +$only+ in *+all+* | *+$name+*) ;; *) return ;; esac
+    "$micro" --time "$name" "$work/output" "$work/busybox32" "$@"
+}
+
+# shellcheck disable=SC2016 # $0 is the program's
+programs32() {
+    run32 sha256sum-32 sha256sum text
+    run32 gzip-32 sh -c '"$0" gzip -c < text' "$work/busybox32"
+    run32 sort-32 sort text
+    run32 awk-32 awk '{ n += NF; for (i = 1; i <= NF; i++) c[length($i)]++ } END { for (i = 1; i < 20; i++) n = (n * 31 + c[i]) % 1000003; print n }' text
+    run32 grep-32 grep -E -c '([a-f]+x|qu)[a-z ]*[k-t]{3}.*[02468]$' text
+    run32 sed-32 sed -e 's/[aeiou]\+/<&>/g' text
+    run32 sh-arithmetic-32 sh -c 'i=0 s=0; while [ $i -lt 60000 ]; do s=$(((s * 31 + i) % 65521)); i=$((i + 1)); done; echo $s'
+    run32 sh-forks-32 sh -c 'i=0; while [ $i -lt 200 ]; do (exit 0); i=$((i + 1)); done; echo $i'
+    run32 sh-execs-32 sh -c 'i=0; while [ $i -lt 100 ]; do "$0" echo; i=$((i + 1)); done' "$work/busybox32"
+}
+
 names=
 [ "$only" = all ] || names=$(echo "$only" | tr + ' ')
 for part in "$@"; do
     case $part in
     micro) check micro-ends eval '"$micro" $names >&3' 3>&1 ;;
     programs) programs ;;
-    *) expect part "micro or programs" "$part" ;;
+    programs32) programs32 ;;
+    *) expect part "micro, programs or programs32" "$part" ;;
     esac
 done
 checks=$((checks + 1)) # the reader of the figures judges them

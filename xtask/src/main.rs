@@ -172,7 +172,7 @@ struct BenchCpuArgs {
     #[arg(long, value_delimiter = ',', default_value = "qemu,soft")]
     contenders: Vec<String>,
     /// Parts: micro, programs or both
-    #[arg(long, value_delimiter = ',', default_value = "micro,programs", value_parser = ["micro", "programs"])]
+    #[arg(long, value_delimiter = ',', default_value = "micro,programs,programs32", value_parser = ["micro", "programs", "programs32"])]
     parts: Vec<String>,
     /// Only these programs, by name
     #[arg(long, value_delimiter = ',')]
@@ -319,12 +319,13 @@ fn run_guests(args: &GuestsArgs) -> Result<ExitCode> {
 
 fn run_initramfs(args: InitramfsArgs) -> Result<ExitCode> {
     let guests = guests::Guests::locate();
-    let mut contents = initramfs::Contents { modules: args.modules, ..Default::default() };
+    let busybox = guests::busybox_for(&args.kernel);
+    let mut contents = initramfs::Contents { modules: args.modules, busybox, ..Default::default() };
     for program in &args.program {
         let (tool, path) = program.split_once(':').context("--program expects TOOL:PATH")?;
         contents.programs.push((tool.to_owned(), path.to_owned()));
     }
-    let mut needed = vec![args.kernel.as_str(), "busybox"];
+    let mut needed = vec![args.kernel.as_str(), "busybox", busybox];
     needed.extend(contents.programs.iter().map(|(tool, _)| tool.as_str()));
     guests.ensure(&needed)?;
     let kernel = guests.kernel(&args.kernel)?;

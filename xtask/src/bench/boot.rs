@@ -43,10 +43,11 @@ const LIMIT: Duration = Duration::from_secs(600);
 /// When a contender does not boot.
 pub fn run(options: &Options) -> Result<ExitCode> {
     let guests = Guests::locate();
-    guests.ensure(&[&options.kernel, "busybox"])?;
+    let busybox = crate::guests::busybox_for(&options.kernel);
+    guests.ensure(&[&options.kernel, "busybox", busybox])?;
     let kernel = guests.kernel(&options.kernel)?;
     let vm = Vm {
-        initrd: initramfs::build(&guests, &kernel, &Contents::default())?,
+        initrd: initramfs::build(&guests, &kernel, &Contents { busybox, ..Contents::default() })?,
         kernel: kernel.image,
         append: "viridian.run=Y2hlY2sgdHJ1ZQo=".to_owned(), // check true
         memory_mib: options.memory_mib,

@@ -1,7 +1,7 @@
 //! `bench cpu`: the same programs on the bare machine, under QEMU's code generator and under Viridian.
 //!
 //! Small loops (`tests/guest/micro`) time themselves and give nanoseconds a unit. Real programs, from Debian's
-//! packages, are timed from outside: processor time that the whole virtual machine used between two lines on the serial
+//! packages (some of them of 32 bits), are timed from outside: processor time that the whole virtual machine used between two lines on the serial
 //! line, or that the program used on the bare machine. Both leave out what other processes of the host take.
 
 use super::table::{Table, figure};
@@ -19,6 +19,9 @@ use std::time::Duration;
 
 /// Tree of the real programs, in the catalogue and in the guest.
 pub(super) const TREE: &str = "programs";
+/// Tool with a static program of 32 bits, and its name among the inputs.
+const TOOL32: &str = "busybox-i386";
+const PROGRAM32: &str = "busybox32";
 const LIMIT: Duration = Duration::from_secs(3600);
 
 /// Programs of the tree that are run; their libraries follow.
@@ -42,7 +45,7 @@ pub struct Options {
     pub kernel: String,
     /// The virtual machines; the bare machine always takes part.
     pub contenders: Vec<Contender>,
-    /// `micro`, `programs` or both.
+    /// Some of `micro`, `programs`, `programs32`.
     pub parts: Vec<String>,
     /// Names of the only programs to run; empty: all.
     pub only: Vec<String>,
@@ -88,11 +91,14 @@ struct Reading {
 /// When something cannot be built, fetched or booted, or two contenders compute different results.
 pub fn run(options: &Options) -> Result<ExitCode> {
     let guests = Guests::locate();
-    guests.ensure(&[&options.kernel, "busybox", TREE])?;
+    guests.ensure(&[&options.kernel, "busybox", TREE, TOOL32])?;
     let micro = build_micro()?;
     let inputs = inputs::all();
     let kernel = guests.kernel(&options.kernel)?;
-    let contents = contents(&micro, &inputs)?;
+    let mut contents = contents(&micro, &inputs)?;
+    let program32 = guests.tool(TOOL32).join("bin/busybox");
+    let data = fs::read(&program32).with_context(|| format!("cannot read {}", program32.display()))?;
+    contents.files.push((format!("work/{PROGRAM32}"), 0o755, data));
     let vm = Vm {
         initrd: initramfs::build(&guests, &kernel, &contents)?,
         kernel: kernel.image,
@@ -105,6 +111,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
         processors: 1,
     };
     let work = native_work(&guests, &inputs)?;
+    fs::copy(&program32, work.join(PROGRAM32))?;
     let mut places = vec![Place::Native(work.clone())];
     places.extend(options.contenders.iter().map(|c| Place::Guest(c, &vm)));
 
@@ -246,7 +253,7 @@ fn readings(text: &str, outside: &BTreeMap<String, f64>) -> Result<Vec<Reading>>
                 ensure!(*status == "ok", "{name} {status}");
                 let inside = cpu.parse::<f64>().ok();
                 readings.push(Reading {
-                    group: "real".to_owned(),
+                    group: if name.ends_with("-32") { "32-bit" } else { "real" }.to_owned(),
                     name: (*name).to_owned(),
                     unit: "ms".to_owned(),
                     value: outside.get(*name).copied().or(inside).map(|s| s * 1000.0),
@@ -352,7 +359,7 @@ impl Results {
         let mut means = Table::new(
             ["geometric mean", "programs"].map(str::to_owned).into_iter().chain(pairs.iter().map(pair_name)),
         );
-        for group in ["integer", "vector", "kernel", "real", "all"] {
+        for group in ["integer", "vector", "kernel", "real", "32-bit", "all"] {
             let of = |index| ratios.get(&(group.to_owned(), index));
             let Some(count) = of(0).map(Vec::len) else { continue };
             let mut row = vec![group.to_owned(), count.to_string()];

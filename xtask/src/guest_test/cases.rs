@@ -3,6 +3,7 @@
 use super::firmware::Scenario;
 use super::hosted::Stage;
 use super::hyperv;
+use crate::guests::busybox_for;
 use crate::initramfs::Contents;
 use anyhow::Result;
 
@@ -56,6 +57,8 @@ pub struct Boot {
     pub on_disk: bool,
     /// Further things of the catalogue that the host's side needs.
     pub host_tools: &'static [&'static str],
+    /// Tool of the catalogue with the guest's shell and small commands.
+    pub busybox: &'static str,
     /// Counters of `--stats` with the least value at the end.
     pub counters: &'static [(&'static str, u64)],
 }
@@ -128,19 +131,21 @@ impl Boot {
             options: &[],
             on_disk: false,
             host_tools: &[],
+            busybox: busybox_for(kernel),
             counters: &[],
         }
     }
 
     /// Catalogue names of the tools that the image needs.
     pub fn tools(&self) -> impl Iterator<Item = &'static str> {
-        self.programs.iter().map(|(tool, _)| *tool).chain(self.host_tools.iter().copied())
+        self.programs.iter().map(|(tool, _)| *tool).chain(self.host_tools.iter().copied()).chain([self.busybox])
     }
 
     /// What goes into the image.
     pub fn contents(&self) -> Contents {
         Contents {
             modules: self.modules.iter().map(|m| (*m).to_owned()).collect(),
+            busybox: self.busybox,
             programs: if self.on_disk { Vec::new() } else { self.all_programs() },
             ..Contents::default()
         }
@@ -269,6 +274,18 @@ pub fn all(long_seconds: u32) -> Vec<Case> {
             cases.push(boot(&format!("boot/{kernel}/{processors}vp"), Boot::new(kernel, processors, append)));
         }
     }
+    // 32-bit code: a kernel, and programs on a 64-bit kernel.
+    for processors in [1, 2] {
+        let append = format!("viridian.test=smoke viridian.args={processors},400");
+        cases.push(boot(&format!("boot/bookworm-686/{processors}vp"), Boot::new("bookworm-686", processors, append)));
+    }
+    cases.push(boot(
+        "boot/bookworm-cloud/32-bit-programs",
+        Boot {
+            busybox: busybox_for("bookworm-686"),
+            ..Boot::new("bookworm-cloud", 1, "viridian.test=smoke viridian.args=1,400")
+        },
+    ));
     cases.push(boot(
         "boot/bookworm-cloud/large-memory",
         Boot { memory_mib: 4608, ..Boot::new("bookworm-cloud", 1, "viridian.test=smoke viridian.args=1,4300") },
@@ -351,6 +368,7 @@ pub fn all(long_seconds: u32) -> Vec<Case> {
         ("bookworm-cloud", Expect::Stops("Run /init as init process"), false),
         ("bookworm-cloud", Expect::Verdict, true),
         ("bookworm-generic", Expect::Verdict, true),
+        ("bookworm-686", Expect::Verdict, true),
     ] {
         let mut case = boot(
             &format!("translate/verify/{kernel}{}", if long { "" } else { "/early" }),

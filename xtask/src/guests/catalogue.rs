@@ -207,6 +207,12 @@ pub const CATALOGUE: &[Item] = &[
     files("netboot", "bookworm", &["debian-installer-12-netboot-amd64"], "the installer's network boot tree"),
 ];
 
+/// The busybox for a kernel of the catalogue.
+pub fn busybox_for(kernel: &str) -> &'static str {
+    let of_32_bits = CATALOGUE.iter().any(|i| i.name == kernel && i.arch == "i386");
+    if of_32_bits { "busybox-i386" } else { "busybox" }
+}
+
 /// Real programs for `bench cpu`.
 const PROGRAMS: &[&str] = &[
     "cpp-12",

@@ -16,7 +16,7 @@ mod catalogue;
 pub mod disk;
 pub mod sources;
 
-pub use catalogue::{CATALOGUE, DEFAULT, Item, Kind};
+pub use catalogue::{CATALOGUE, DEFAULT, Item, Kind, busybox_for};
 
 use anyhow::{Context, Result, bail};
 use apt::{Apt, Package, spinner};

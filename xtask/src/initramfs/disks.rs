@@ -41,7 +41,7 @@ pub fn must(command: &mut Command) -> Result<String> {
 /// When something that goes into it is missing.
 pub fn root(guests: &Guests, contents: &Contents) -> Result<PathBuf> {
     let mut archive = Archive::default();
-    add_base(&mut archive, guests)?;
+    add_base(&mut archive, guests, contents)?;
     add_tests(&mut archive)?;
     add_contents(&mut archive, guests, contents)?;
     archive.file("lib/viridian/modules.list", 0o644, "");

@@ -36,6 +36,8 @@ pub struct Contents {
     pub under: String,
     /// Files of our own: path, permission bits, contents.
     pub files: Vec<(String, u32, Vec<u8>)>,
+    /// Tool of the catalogue that the shell and the small commands come from; empty: `busybox`.
+    pub busybox: &'static str,
     /// Leave the archive uncompressed: large images unpack faster in the guest.
     pub uncompressed: bool,
 }
@@ -46,7 +48,7 @@ pub struct Contents {
 /// When something that goes into it is missing.
 pub fn build(guests: &Guests, kernel: &Kernel, contents: &Contents) -> Result<PathBuf> {
     let mut archive = Archive::default();
-    add_base(&mut archive, guests)?;
+    add_base(&mut archive, guests, contents)?;
     add_tests(&mut archive)?;
     add_modules(&mut archive, kernel, contents)?;
     add_contents(&mut archive, guests, contents)?;
@@ -81,11 +83,13 @@ fn add_contents(archive: &mut Archive, guests: &Guests, contents: &Contents) -> 
     Ok(())
 }
 
-fn add_base(archive: &mut Archive, guests: &Guests) -> Result<()> {
+fn add_base(archive: &mut Archive, guests: &Guests, contents: &Contents) -> Result<()> {
+    let tool = if contents.busybox.is_empty() { "busybox" } else { contents.busybox };
+    let data = guests.tool(tool).join("bin/busybox");
+    let data = fs::read(&data).with_context(|| format!("cannot read {}", data.display()))?;
     let busybox = guests.tool("busybox").join("bin/busybox");
-    let data = fs::read(&busybox).with_context(|| format!("cannot read {}", busybox.display()))?;
     archive.file("bin/busybox", 0o755, data);
-    // The program runs on the host as well, and knows its own commands.
+    // The program runs on the host as well, and knows its own commands. (One of 32 bits may not: it has the same.)
     let output = Command::new(&busybox).arg("--list").output().context("cannot run the fetched busybox")?;
     if !output.status.success() {
         bail!("{} --list failed", busybox.display());
