@@ -469,3 +469,118 @@ fn random_sequences_end_alike() {
     let seed = std::env::var("DIFF_SEED").ok().and_then(|n| n.parse().ok()).unwrap_or(0x1234_5678_9abc_def1);
     compare(cases, seed, &MODES);
 }
+
+/// Runs until the guest writes to the port that ends a test; what it has logged.
+fn run_logged(bench: &mut Bench, state: &VpState) -> Vec<u32> {
+    bench.vps[0].set_state(state).unwrap();
+    assert_ne!(bench.run(std::time::Duration::from_secs(120)), 0xdead_0003);
+    bench.log()
+}
+
+/// The same function, called with DS at other bases and in other kinds of segments, reads what DS says each time.
+#[test]
+fn a_block_follows_its_segments() {
+    use common::{CODE, DATA, GDT, PORT_DONE, PORT_LOG};
+    use iced_x86::code_asm::*;
+    for translate in [TranslateMode::On, TranslateMode::Verify] {
+        let mut b = Side::new(translate).bench;
+        let descriptor = |base: u64, limit: u64, rights: u64| {
+            limit & 0xffff | (base & 0xff_ffff) << 16 | rights << 40 | (limit >> 16 & 0xf) << 48 | (base >> 24) << 56
+        };
+        // 0x28: flat, 0x30 and 0x38: 64 KiB at other bases, 0x40: flat again, read only, 0x48: 32-bit code.
+        let descriptors = [
+            descriptor(0, 0xf_ffff, 0xc093),
+            descriptor(DATA, 0xffff, 0x4093),
+            descriptor(DATA + 0x1000, 0xffff, 0x4093),
+            descriptor(0, 0xf_ffff, 0xc091),
+            descriptor(0, 0xf_ffff, 0xc09b),
+        ];
+        for (n, d) in descriptors.into_iter().enumerate() {
+            b.memory.write_plain(Gpa(GDT + 0x28 + 8 * n as u64), &d).unwrap();
+        }
+        // What is at 0x2000 in each.
+        for (at, value) in [(0x2000, 100u32), (DATA + 0x2000, 200), (DATA + 0x3000, 300)] {
+            b.memory.write_plain(Gpa(at), &value).unwrap();
+        }
+        b.code_bits(32, CODE, |a| {
+            let (mut again, mut function) = (a.create_label(), a.create_label());
+            a.mov(esi, 3).unwrap();
+            a.set_label(&mut again).unwrap();
+            for selector in [0x28, 0x30, 0x38, 0x40, 0x30, 0x28] {
+                a.mov(eax, selector).unwrap();
+                a.mov(ds, ax).unwrap();
+                a.call(function).unwrap();
+                a.out(PORT_LOG as u32, eax).unwrap();
+            }
+            a.dec(esi).unwrap();
+            a.jnz(again).unwrap();
+            a.out(PORT_DONE as u32, al).unwrap();
+            a.hlt().unwrap();
+            a.set_label(&mut function).unwrap();
+            a.mov(ebx, 0x1f00).unwrap();
+            a.mov(eax, dword_ptr(ebx + 0x100)).unwrap();
+            a.add(eax, dword_ptr(0x2000)).unwrap();
+            a.ret().unwrap();
+        });
+        let mut state = Mode::Protected.state(&b, CODE);
+        state.gdtr.limit = 0x4f;
+        state.segments[sreg::CS].selector = 0x48;
+        state.gprs[gpr::RSP] = DATA + 0x8000;
+        let once = [200, 400, 600, 200, 400, 200];
+        assert_eq!(run_logged(&mut b, &state), once.repeat(3), "{translate:?}");
+    }
+}
+
+/// A loop as a BIOS has it: bytes through string instructions, a stack, a call, counters in memory. Gives nanoseconds a round.
+fn bios_loop(translate: TranslateMode, passes: u32) -> f64 {
+    use common::PORT_DONE;
+    use iced_x86::code_asm::*;
+    let mut b = Side::new(translate).bench;
+    b.code_bits(16, CODE, |a| {
+        let (mut again, mut round, mut function, mut even) =
+            (a.create_label(), a.create_label(), a.create_label(), a.create_label());
+        a.set_label(&mut again).unwrap();
+        a.xor(si, si).unwrap();
+        a.mov(di, 0x4000).unwrap();
+        a.mov(cx, 0x1000).unwrap();
+        a.set_label(&mut round).unwrap();
+        a.lodsb().unwrap();
+        a.add(bl, al).unwrap();
+        a.rol(bx, 1).unwrap();
+        a.xor(al, bl).unwrap();
+        a.stosb().unwrap();
+        a.push(cx).unwrap();
+        a.call(function).unwrap();
+        a.pop(cx).unwrap();
+        a.loop_(round).unwrap();
+        a.dec(edx).unwrap();
+        a.jnz(again).unwrap();
+        a.out(PORT_DONE as u32, al).unwrap();
+        a.hlt().unwrap();
+        a.set_label(&mut function).unwrap();
+        a.test(al, 1).unwrap();
+        a.jz(even).unwrap();
+        a.inc(word_ptr(0x8000)).unwrap();
+        a.set_label(&mut even).unwrap();
+        a.ret().unwrap();
+    });
+    let mut state = Mode::Real.state(&b, CODE);
+    state.segments[sreg::CS].base = CODE;
+    state.segments[sreg::CS].selector = (CODE >> 4) as u16;
+    state.rip = 0;
+    state.gprs[gpr::RDX] = u64::from(passes);
+    state.gprs[gpr::RSP] = 0x2000;
+    let start = std::time::Instant::now();
+    run_logged(&mut b, &state);
+    start.elapsed().as_secs_f64() * 1e9 / (f64::from(passes) * 4096.0)
+}
+
+/// 16-bit code lives in translations: many times faster than the interpreter, whatever else the machine does.
+#[test]
+fn real_mode_is_translated() {
+    let passes = if std::env::var_os("LEGACY_SPEED").is_some() { 2000 } else { 60 };
+    let interpreted = bios_loop(TranslateMode::Off, passes);
+    let translated = bios_loop(TranslateMode::On, passes);
+    println!("a round of 16-bit code: interpreted {interpreted:.1} ns, translated {translated:.1} ns");
+    assert!(interpreted > 2.0 * translated, "interpreted {interpreted:.1} ns, translated {translated:.1} ns");
+}
