@@ -14,6 +14,7 @@ pub mod lower;
 pub mod memory;
 pub mod plan;
 pub mod raw;
+mod recall;
 pub mod run;
 mod segmented;
 mod shadow;

@@ -360,3 +360,58 @@ fn loops_move_over_pages() {
         assert!(copy == bytes[from..from + len], "shift {shift}, step {step}");
     }
 }
+
+/// Status flags that the program overwrites before it reads them are in the frame of a fault that comes before.
+#[test]
+fn flags_at_a_fault() {
+    use iced_x86::code_asm::*;
+    type Emit = fn(&mut CodeAssembler) -> Result<(), iced_x86::IcedError>;
+    let producers: [Emit; 16] = [
+        |a| a.cmp(rax, rcx),
+        |a| a.cmp(r9d, 0x7fff),
+        |a| a.cmp(dl, cl),
+        |a| a.test(r15, r10),
+        |a| a.test(ax, 0x55),
+        |a| a.add(rax, rcx),
+        |a| a.add(r11b, dl),
+        |a| a.add(edi, 0x1234_5678),
+        |a| a.sub(rdx, -5),
+        |a| a.sub(r15w, ax),
+        |a| a.sub(rsp, 0x40),
+        |a| a.and(rax, qword_ptr(rsi)),
+        |a| a.or(r11d, ecx),
+        |a| a.xor(dl, al),
+        |a| a.xor(ecx, ecx),
+        |a| a.sub(ecx, ecx),
+    ];
+    let (mut on, mut off) = (Side::new(TranslateMode::On), Side::new(TranslateMode::Off));
+    let mut seen = 0;
+    for (n, producer) in producers.iter().enumerate() {
+        for seed in 1..20 {
+            for single in [false, true] {
+                let mut a = CodeAssembler::new(64).unwrap();
+                a.mov(r14, 5u64 << 32).unwrap();
+                producer(&mut a).unwrap();
+                // The first check destroys the flags, the second one fails: on its own, or as a group.
+                a.mov(rbp, qword_ptr(rbx)).unwrap();
+                a.mov(rbp, qword_ptr(r14)).unwrap();
+                if !single {
+                    a.mov(r8, qword_ptr(r14 + 8)).unwrap();
+                }
+                a.cmp(rbp, r8).unwrap();
+                a.hlt().unwrap();
+                let at = CODE + 0x1000 * n as u64 + if single { 0x100 } else { 0 };
+                let code = a.assemble(at).unwrap();
+                let (exit, t, _) = on.run(&code, at, seed);
+                let (_, i, _) = off.run(&code, at, seed);
+                assert_eq!(exit, partition::RunExit::TripleFault);
+                // AF is undefined behind logical operations.
+                let mask = if matches!(n, 3 | 4 | 11..=14) { !rflags::AF } else { !0 };
+                assert_eq!(t.rflags & mask, i.rflags & mask, "producer {n}, seed {seed}, single {single}");
+                assert_eq!((t.rip, t.gprs), (i.rip, i.gprs));
+                seen |= t.rflags;
+            }
+        }
+    }
+    assert_eq!(seen & rflags::STATUS, rflags::STATUS, "some flag was never set: the test shows too little");
+}

@@ -30,6 +30,12 @@ pub fn effect(i: &Instruction, kind: Kind) -> Effect {
     if matches!(kind, Kind::Stop) {
         return Effect { reads: ALL, writes: ALL, kills: 0 };
     }
+    // What may raise an exception, and is slow anyway, has the flags at hand that it pushes.
+    let reads = match i.mnemonic() {
+        M::Div | M::Idiv => ALL,
+        _ if kind == Kind::Interpret => ALL,
+        _ => reads,
+    };
     // Shifts by CL change nothing if the count is zero; repeated string comparisons neither.
     let variable = match i.mnemonic() {
         M::Shl | M::Sal | M::Shr | M::Sar | M::Rol | M::Ror | M::Rcl | M::Rcr => {

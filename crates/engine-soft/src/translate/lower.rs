@@ -15,6 +15,7 @@ use super::kernel;
 use super::legacy;
 use super::plan::{self, Origin, Plan, Shape};
 use super::raw::{Place, Raw};
+use super::recall::Recall;
 use super::thunks::Thunks;
 use crate::features::Features;
 use crate::vp::VpBlock;
@@ -116,7 +117,7 @@ pub struct Lowered {
 /// Code out of the way of the hot path, emitted at the end.
 pub(super) enum Cold {
     /// Execute the instruction in the interpreter, go on at `resume` (0: leave the block).
-    Interpret { from: Vec<(u64, bool)>, rip: u64, len: u8, light: bool, resume: u64 },
+    Interpret { from: Vec<(u64, bool)>, rip: u64, len: u8, light: bool, resume: u64, recall: Option<Recall> },
     /// A check failed: see [`super::memory`].
     Miss(super::memory::Miss),
     /// Load the vector state, go on at `resume`. RCX is in A if `swapped`.
@@ -162,6 +163,8 @@ pub(super) struct Lower<'a> {
     /// Start of the code behind the entry's own checks.
     pub(super) inner: u64,
     pub(super) bmi2: bool,
+    /// How the flags before the current instruction came about.
+    pub(super) recall: Option<Recall>,
 }
 
 /// What a scratch register holds beyond the instruction that loaded it.
@@ -227,6 +230,7 @@ pub fn lower(
         open_misses: Vec::new(),
         inner: 0,
         bmi2: thunks.bmi2,
+        recall: None,
     };
     let table_entry = l.hot.here();
     l.hot.lea(origin.facts.is_none(), B, Some(A), 4, 1, -(origin.offset(origin.rip) as i32));
@@ -246,6 +250,7 @@ pub fn lower(
             l.check_group(&plan, g, &step.i);
         }
         l.instruction(&plan, n);
+        l.recall = Recall::after(l.recall, &step.i, step.kind).filter(|_| origin.facts.is_none());
     }
     if !plan.ended {
         l.need = plan.need_after;
@@ -394,8 +399,8 @@ impl Lower<'_> {
         if !self.slow.is_empty() {
             let from = std::mem::take(&mut self.slow);
             let resume = self.hot.here();
-            let light = !kernel::touches_vector(i);
-            self.cold.push(Cold::Interpret { from, rip: i.ip(), len: i.len() as u8, light, resume });
+            let (light, recall) = (!kernel::touches_vector(i), self.recall);
+            self.cold.push(Cold::Interpret { from, rip: i.ip(), len: i.len() as u8, light, resume, recall });
             // The interpreter leaves nothing in the scratch registers.
             self.current = usize::MAX;
         }
@@ -639,7 +644,7 @@ impl Lower<'_> {
         for cold in std::mem::take(&mut self.cold) {
             let here = c.here();
             match cold {
-                Cold::Interpret { from, rip, len, light, resume } => {
+                Cold::Interpret { from, rip, len, light, resume, recall } => {
                     for keep in [true, false] {
                         let here = c.here();
                         let mut any = false;
@@ -649,6 +654,8 @@ impl Lower<'_> {
                         }
                         if any && keep {
                             Self::restore_flags(&mut c);
+                        } else if any && let Some(recall) = recall {
+                            recall.emit(&mut c);
                         }
                     }
                     self.interpret_and_resume(&mut c, rip, len, light, resume);

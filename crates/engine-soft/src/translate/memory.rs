@@ -17,6 +17,7 @@ use super::kernel;
 use super::lower::{Cold, Exit, Holds, Lower, gpr, host, jit};
 use super::plan::{self, Access, Base, Expression, Plan, SegmentBase, Shape};
 use super::raw::Place;
+use super::recall::Recall;
 use crate::mmu::TlbPointers;
 use crate::mmu::tlb::{SLOTS, TlbEntry};
 use crate::vp::VpBlock;
@@ -45,6 +46,8 @@ pub(super) struct Miss {
     pub(super) keep: bool,
     /// Slot of a moving group: the TLB is still to be looked at.
     pub(super) moved: Option<usize>,
+    /// How to make them again, if they are destroyed.
+    pub(super) recall: Option<Recall>,
     /// What follows if nothing can be filled.
     pub(super) then: Then,
 }
@@ -214,6 +217,7 @@ impl Lower<'_> {
             write: g.write,
             keep,
             moved,
+            recall: self.recall,
             then,
         };
         if single {
@@ -331,6 +335,8 @@ impl Lower<'_> {
         }
         if miss.keep {
             Self::restore_flags(c);
+        } else if let Some(recall) = miss.recall {
+            recall.emit(c);
         }
         match miss.then {
             Then::Interpret { rip, len, light, resume, .. } => {

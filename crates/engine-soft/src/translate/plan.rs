@@ -253,7 +253,7 @@ impl Plan {
                 last.kind = if verify { Kind::Stop } else { Kind::Interpret };
                 plan.ended |= verify;
             }
-            plan.flags(origin, page);
+            plan.flags(origin, page, shape);
             plan.group(origin, shape, verify);
             if plan.assign_slots() {
                 return Some(plan);
@@ -312,7 +312,7 @@ impl Plan {
 
     /// Liveness of the flags, backwards, until the jumps inside the block agree. What lies outside the page is not looked at: its
     /// contents may differ from one address space to another, and change without this page's changing.
-    fn flags(&mut self, origin: &Origin, page: &[u8]) {
+    fn flags(&mut self, origin: &Origin, page: &[u8], shape: Shape) {
         let page = &page[..page.len().min(0x1000)];
         let peek = |target: u64| match origin.offset(target) {
             offset if offset < page.len() as u64 => flags::peek(page, offset as usize, origin.bits()),
@@ -360,6 +360,12 @@ impl Plan {
             }
             if !again || !changed {
                 break;
+            }
+        }
+        if shape == Shape::Single {
+            // Where accesses fault: so that the flags that a fault pushes are right. It is not the hot path.
+            for need in self.steps.iter_mut().map(|s| &mut s.need).chain([&mut self.need_after]) {
+                need.hard = flags::ALL;
             }
         }
     }

@@ -196,6 +196,7 @@ impl Lower<'_> {
             write,
             keep,
             moved: None,
+            recall: None,
             then,
         }));
     }
@@ -308,7 +309,7 @@ impl Lower<'_> {
         }
         // Nothing of the block can follow, wherever the exception leads.
         let (rip, len) = (i.ip(), i.len() as u8);
-        self.cold.push(Cold::Interpret { from: vec![(from, keep)], rip, len, light: true, resume: 0 });
+        self.cold.push(Cold::Interpret { from: vec![(from, keep)], rip, len, light: true, resume: 0, recall: None });
     }
 
     /// A = target of an indirect branch.
