@@ -622,7 +622,8 @@ fn full_disk_and_read_only_store() {
         rm $D/small/ballast
         $V vm set first --memory 2G
         echo "after: $($V vm show first --json | grep memory_bytes)"
-        mount -o remount,ro $D/small
+        # The mount, not the file system: as options of that the command would give users that the namespace does not know.
+        mount -o remount,bind,ro $D/small
         echo "ro new: $($V vm new third 2>&1) $?"
         echo "ro set: $($V vm set first --memory 3G 2>&1) $?"
         echo "ro start: $($V vm start first 2>&1) $?"

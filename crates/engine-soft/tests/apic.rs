@@ -622,9 +622,14 @@ fn a_saved_guest_goes_on_in_another_partition() {
     program(&first);
     first.start_at(CODE);
     first.clock.start();
-    let partition = first.partition.clone();
+    let (partition, memory) = (first.partition.clone(), first.memory.clone());
     let thread = std::thread::spawn(move || {
-        std::thread::sleep(Duration::from_millis(5));
+        // Once it has begun, which on a loaded host takes its time: then it has counted a tick.
+        let mut ticks = [0; 8];
+        while ticks == [0; 8] {
+            std::thread::sleep(Duration::from_millis(1));
+            memory.read(partition::Gpa(DATA), &mut ticks).unwrap();
+        }
         partition.kick(0);
     });
     let board = first.board.clone();

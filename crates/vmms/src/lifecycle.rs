@@ -284,9 +284,16 @@ impl Vm {
                 }
             }
             Stop::Save => {
-                client.save()?;
+                let answer = client.save();
+                // A worker that has saved its machine ends, and on a loaded host its answer may come too late.
+                if !matches!(answer, Err(ClientError::Ended)) {
+                    answer?;
+                }
                 if !self.await_end(limit) {
                     return Err(self.still_runs(limit, "it is being saved"));
+                }
+                if !self.state_path().is_file() {
+                    return Err(ClientError::Ended.into());
                 }
             }
             Stop::ShutDown { force } => {
