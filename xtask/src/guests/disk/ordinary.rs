@@ -12,12 +12,16 @@ use std::path::Path;
 use std::process::Command;
 
 /// Starts `faked`, which keeps the owners, and then the command `$2 ...`, with fakeroot's tree in `$1`. In the new root the
-/// library has its usual place. `faked` ends with the namespace of process ids.
+/// library is in `/dev`, of which nothing gets into the tar, so that it is there to the very end. The root is made on a tmpfs,
+/// which gives no number out twice: `faked` knows files by their numbers, and static programs (`ldconfig`) remove some behind
+/// its back. `faked` ends with the namespace of process ids.
 const WITH_FAKEROOT: &str = r#"set -e
 tree=$1; shift
+mkdir -p "$TMPDIR"
+mount -t tmpfs none "$TMPDIR"
 pair=$("$tree/usr/bin/faked-sysv")
 export FAKEROOTKEY="${pair%%:*}" FAKEROOTDONTTRYCHOWN=1
-export LD_LIBRARY_PATH="$tree/usr/lib/x86_64-linux-gnu/libfakeroot:/usr/lib/x86_64-linux-gnu/libfakeroot"
+export LD_LIBRARY_PATH="$tree/usr/lib/x86_64-linux-gnu/libfakeroot:/dev/fakeroot"
 export LD_PRELOAD=libfakeroot-sysv.so
 "$@"
 "#;
@@ -25,8 +29,8 @@ export LD_PRELOAD=libfakeroot-sysv.so
 /// Before anything is in the new root `$1`: fakeroot's library, and the devices that scripts use (a namespace's root
 /// cannot make any).
 const SETUP: &str = r#"set -e
-mkdir -p "$1/usr/lib/x86_64-linux-gnu/libfakeroot" "$1/dev"
-cp "TREE/usr/lib/x86_64-linux-gnu/libfakeroot/libfakeroot-sysv.so" "$1/usr/lib/x86_64-linux-gnu/libfakeroot/"
+mkdir -p "$1/dev/fakeroot"
+cp "TREE/usr/lib/x86_64-linux-gnu/libfakeroot/libfakeroot-sysv.so" "$1/dev/fakeroot/"
 for name in null zero full random urandom tty; do
     : > "$1/dev/$name"
     mount --bind "/dev/$name" "$1/dev/$name"
@@ -39,7 +43,6 @@ for name in null zero full random urandom tty; do
     umount "$1/dev/$name"
     rm "$1/dev/$name"
 done
-rm -r "$1/usr/lib/x86_64-linux-gnu/libfakeroot"
 "#;
 
 /// Whether this process must do without root's rights.
@@ -47,11 +50,11 @@ pub fn is_needed() -> bool {
     !rustix::process::geteuid().is_root()
 }
 
-/// The beginning of a command line that runs the rest of it with what looks like root's rights.
+/// The command line, so far, of a program of a tree, so that it runs with what looks like root's rights.
 ///
 /// # Errors
 /// When the host gives ordinary users no namespaces, or the folder cannot be written.
-pub fn command(guests: &Guests, work: &Path) -> Result<Command> {
+pub fn command(guests: &Guests, work: &Path, program: &Command) -> Result<Command> {
     let namespaces = ["--user", "--map-root-user", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"];
     let trial = Command::new("unshare").args(namespaces).arg("true").output();
     let problem = match trial {
@@ -69,7 +72,20 @@ pub fn command(guests: &Guests, work: &Path) -> Result<Command> {
     let script = work.join("with-fakeroot");
     fs::write(&script, WITH_FAKEROOT)?;
     let mut command = Command::new("unshare");
-    command.args(namespaces).arg("sh").arg(script).arg(guests.tool("fakeroot")).env("TMPDIR", work);
+    let tree = guests.tool("fakeroot");
+    command.args(namespaces).arg("sh").arg(script).arg(&tree).env("TMPDIR", work.join("temporary")).env("LC_ALL", "C");
+    command.arg(program.get_program());
+    // The loader of the program's tree looks nowhere else: what it removes must be known to `faked`, too.
+    let mut is_path = false;
+    for argument in program.get_args() {
+        let mut argument = argument.to_owned();
+        if is_path {
+            argument.push(":");
+            argument.push(tree.join("usr/lib/x86_64-linux-gnu/libfakeroot"));
+        }
+        is_path = argument == "--library-path";
+        command.arg(argument);
+    }
     Ok(command)
 }
 

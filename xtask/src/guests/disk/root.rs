@@ -74,8 +74,7 @@ pub fn make_tar(guests: &Guests, item: &Item, sources: &HostSources, work: &Path
     let (perl, version) = find_perl(&tree)?;
     let perl = tool(guests, "mmdebstrap", &perl);
     let (mut command, before, after) = if ordinary::is_needed() {
-        let mut command = ordinary::command(guests, &work)?;
-        command.arg(perl.get_program()).args(perl.get_args()).env("LC_ALL", "C");
+        let command = ordinary::command(guests, &work, &perl)?;
         let (before, after) = ordinary::options(guests, &work)?;
         (command, before, after)
     } else {
