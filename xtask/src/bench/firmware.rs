@@ -108,7 +108,7 @@ fn firmware_bytes() -> Result<u64> {
         .filter_map(|out| fs::read_dir(out).ok())
         .flatten()
         .filter_map(|e| e.ok())
-        .filter(|e| e.file_name().to_string_lossy().starts_with("firmware"))
+        .filter(|e| e.file_name() == "firmware.bin")
         .filter_map(|e| e.metadata().ok().filter(|m| m.is_file()))
         .max_by_key(|m| m.modified().ok());
     newest.map(|m| m.len()).context("the build has left no firmware image")
