@@ -76,7 +76,7 @@ pub struct JumpTable {
     links: Slots,
     local: Vec<Entered>,
     global: Vec<Entered>,
-    /// Links by their target's page, for those of one page.
+    /// The links that are entered, by their target's page.
     by_page: Vec<Vec<u32>>,
     /// Filter of the pages that have entries.
     pages: Box<[u64; PAGE_BITS / 64]>,
@@ -147,8 +147,9 @@ impl JumpTable {
         if link as usize >= LINKS || rip == u64::MAX {
             return;
         }
-        self.links.set(link as usize, Slot { not_rip: !rip, host });
         self.by_page.resize_with(PAGE_LISTS, Vec::new);
+        self.unlink(link);
+        self.links.set(link as usize, Slot { not_rip: !rip, host });
         self.by_page[list_of(rip)].push(link);
         self.enter(Entered::Link(link), rip, global);
     }
@@ -179,7 +180,19 @@ impl JumpTable {
     fn remove(&mut self, what: Entered) {
         match what {
             Entered::Slot(slot) => self.clear(slot),
-            Entered::Link(link) => self.links.set(link as usize, Slot::default()),
+            Entered::Link(link) => self.unlink(link),
+        }
+    }
+
+    /// Empties a link, and takes it from its page's list.
+    fn unlink(&mut self, link: u32) {
+        let slot = self.links.get(link as usize);
+        if slot.host != 0 {
+            self.links.set(link as usize, Slot::default());
+            let list = &mut self.by_page[list_of(!slot.not_rip)];
+            if let Some(at) = list.iter().position(|l| *l == link) {
+                list.swap_remove(at);
+            }
         }
     }
 
@@ -187,9 +200,6 @@ impl JumpTable {
     pub fn flush_local(&mut self) {
         for what in std::mem::take(&mut self.local) {
             self.remove(what);
-        }
-        if self.global.is_empty() {
-            self.by_page.iter_mut().for_each(Vec::clear);
         }
     }
 
@@ -223,16 +233,14 @@ impl JumpTable {
             return;
         }
         for list in [list_of(first), list_of(first.wrapping_sub(1))] {
-            let mut links = std::mem::take(&mut self.by_page[list]);
-            links.retain(|link| {
+            let goes = |link: &u32| {
                 let rip = !self.links.get(*link as usize).not_rip;
-                let stays = rip.wrapping_sub(from) >= to.wrapping_sub(from);
-                if !stays {
-                    self.remove(Entered::Link(*link));
-                }
-                stays
-            });
-            self.by_page[list] = links;
+                rip.wrapping_sub(from) < to.wrapping_sub(from)
+            };
+            let going: Vec<u32> = self.by_page[list].iter().copied().filter(goes).collect();
+            for link in going {
+                self.unlink(link);
+            }
         }
     }
 
@@ -293,7 +301,16 @@ mod tests {
         t.link(5, 0xffff_ffff_8100_1000, 15, true);
         t.flush_local();
         assert_eq!((get(&t, 3), get(&t, 5)), (None, Some((0xffff_ffff_8100_1000, 15))));
+        // A link is in one list only, however often it is entered again.
+        for n in 0..100 {
+            t.link(3, 0x7fff_1234_5678 + 0x1000 * (n % 3), 10, false);
+            if n % 2 == 0 {
+                t.flush_local();
+            }
+        }
+        assert_eq!(t.by_page.iter().map(Vec::len).sum::<usize>(), 2);
         t.flush_all();
         assert_eq!(get(&t, 5), None);
+        assert!(t.by_page.iter().all(Vec::is_empty));
     }
 }
