@@ -579,8 +579,9 @@ fn bios_loop(translate: TranslateMode, passes: u32) -> f64 {
 #[test]
 fn real_mode_is_translated() {
     let passes = if std::env::var_os("LEGACY_SPEED").is_some() { 2000 } else { 60 };
-    let interpreted = bios_loop(TranslateMode::Off, passes);
-    let translated = bios_loop(TranslateMode::On, passes);
+    // The best of some: other processes of the host take time from any of them.
+    let best = |mode| (0..8).map(|_| bios_loop(mode, passes)).fold(f64::INFINITY, f64::min);
+    let (interpreted, translated) = (best(TranslateMode::Off), best(TranslateMode::On));
     println!("a round of 16-bit code: interpreted {interpreted:.1} ns, translated {translated:.1} ns");
     assert!(interpreted > 2.0 * translated, "interpreted {interpreted:.1} ns, translated {translated:.1} ns");
 }
