@@ -474,22 +474,21 @@ impl Plan {
             g.low = g.low.wrapping_sub(constants(&before[at], &g.expression).1);
         }
         if shape == Shape::Grouped && !verify && barrier == 0 && self.is_loop(rip) {
-            self.find_invariants(rip, &before, &values, origin.facts.is_none());
+            self.find_invariants(&before, &values, origin.facts.is_none());
         }
     }
 
     /// Does the block end with a jump to its own start?
     fn is_loop(&self, rip: u64) -> bool {
+        // (No other jump leads there: [`Plan::decode`] ends the block at the first one.)
         let jumps = |s: &Step| matches!(s.kind, Kind::Jcc | Kind::Jmp | Kind::Loop) && s.i.near_branch_target() == rip;
-        // A LOOP changes its register before it jumps: only as the last instruction are the values behind it known.
-        let early = self.steps.iter().rev().skip(1).any(|s| s.kind == Kind::Loop && jumps(s));
-        !early && self.steps.last().is_some_and(jumps)
+        self.steps.last().is_some_and(jumps)
     }
 
     /// Groups whose registers the block leaves as they were move to its entry. Those whose registers it moves by a constant are
     /// compared with the page of the round before. Nothing in such a block can end what a check promises: there is no
     /// barrier, and whoever changes translations has the loop left at its poll.
-    fn find_invariants(&mut self, rip: u64, before: &[Values], after: &Values, moving: bool) {
+    fn find_invariants(&mut self, before: &[Values], after: &Values, moving: bool) {
         for g in &mut self.groups {
             let whole = |values: &Values| constants(values, &g.expression);
             let start = whole(&before[0]);
@@ -499,12 +498,6 @@ impl Plan {
             let ahead = g.relative.wrapping_sub(start.1);
             if start != whole(after) {
                 g.moving = moving.then_some(ahead);
-                continue;
-            }
-            // Other jumps to the start must find the same.
-            let jumps =
-                self.steps.iter().zip(before).filter(|(s, _)| s.kind == Kind::Jcc && s.i.near_branch_target() == rip);
-            if jumps.into_iter().any(|(_, values)| whole(values) != start) {
                 continue;
             }
             g.invariant = true;
