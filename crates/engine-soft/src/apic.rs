@@ -171,6 +171,16 @@ impl Lapic {
         self.base() & apic_base::X2APIC_ENABLE != 0
     }
 
+    /// Is any interrupt requested, of whatever priority?
+    pub fn is_requested(&self) -> bool {
+        self.hardware_enabled() && self.highest(reg::IRR).is_some()
+    }
+
+    /// Does it accept interrupts, or drop them because it is disabled?
+    pub fn accepts(&self) -> bool {
+        self.software_enabled()
+    }
+
     fn software_enabled(&self) -> bool {
         self.hardware_enabled() && self.get(reg::SVR) & bit::SVR_ENABLE != 0
     }

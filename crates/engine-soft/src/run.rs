@@ -36,6 +36,11 @@ pub struct RunState {
     pub(crate) facts: Option<crate::translate::facts::Facts>,
 }
 
+/// How long the guest-idle MSR lasts at most while the local APIC accepts no interrupts: a VP that starts waits for a
+/// lock before it has enabled its APIC, and the interrupt that is to wake it is dropped. Waking early is allowed (TLFS
+/// section 10.1.4).
+const DEAF_IDLE: Duration = Duration::from_millis(1);
+
 /// PAUSEs of a spinning VP before it gives its host processor to another thread.
 const PAUSES_BEFORE_YIELD: u32 = 64;
 
@@ -218,13 +223,13 @@ impl SoftVp {
 
     fn take_interrupt(&mut self) {
         let extint = self.index == 0 && self.apic.extint_pending();
+        if self.activity == Activity::Halted && self.run.idle_any && (extint || self.apic.is_requested()) {
+            self.run.idle_any = false;
+            self.set_activity(Activity::Running);
+        }
         let vector = self.apic.pending_vector();
         if !extint && vector.is_none() {
             return;
-        }
-        if self.activity == Activity::Halted && self.run.idle_any {
-            self.run.idle_any = false;
-            self.set_activity(Activity::Running);
         }
         if self.s.rflags & rflags::IF == 0 || self.s.interrupt_shadow {
             self.s.window = 1;
@@ -298,16 +303,20 @@ impl SoftVp {
             NEVER => None,
             at => Some(partition.clock.until_tsc(at)).filter(|t| *t < Duration::from_secs(1 << 30)),
         };
-        let timeout = match (timeout, at_rest(self)) {
-            (Some(timer), Some(look)) => Some(timer.min(look)),
-            (timer, look) => timer.or(look),
-        };
+        // No interrupt would end this: the guest looks again soon whether what it waits for has come.
+        let deaf = self.run.idle_any && !self.apic.accepts();
+        let looks = [timeout, at_rest(self), deaf.then_some(DEAF_IDLE)];
+        let timeout = looks.into_iter().flatten().min();
         if timeout != Some(Duration::ZERO) {
             shared.halts.fetch_add(1, Ordering::Relaxed);
             shared.waker.sleep(&self.s.attention, timeout);
         }
         self.s.attention.fetch_or(later, Ordering::SeqCst);
         self.enter();
+        if deaf {
+            self.run.idle_any = false;
+            self.set_activity(Activity::Running);
+        }
         self.apic.check_timer();
     }
 
@@ -336,7 +345,7 @@ impl SoftVp {
         self.set_activity(Activity::Halted);
     }
 
-    /// The guest-idle MSR: as HLT, but any interrupt ends it, even with interrupts disabled.
+    /// The guest-idle MSR: as HLT, but any interrupt ends it, even with interrupts disabled or by priority held back.
     pub(crate) fn idle_for_any(&mut self) {
         self.run.idle_any = true;
         self.set_activity(Activity::Halted);

@@ -937,3 +937,62 @@ fn interrupts_between_vps_are_not_lost() {
     b.vps[1].set_state(&state).unwrap();
     assert_eq!(b.run(LIMIT), 1);
 }
+
+#[test]
+fn guest_idle_ends_without_an_apic_and_below_the_priority() {
+    // A starting VP waits for a spinlock by the guest-idle MSR before it has enabled its APIC: the kick is dropped, and
+    // the VP must look again by itself. Then: an interrupt that the priority of the one in service holds back.
+    let mut b = bench(2);
+    b.code(CODE + 0x1100, |a| {
+        // In service until the other VP's 0xf7 has ended the idle state.
+        let mut wait = a.create_label();
+        a.mov(rsi, DATA).unwrap();
+        a.mov(dword_ptr(rsi + 16), 1).unwrap();
+        a.set_label(&mut wait).unwrap();
+        a.mov(ecx, 0x4000_00f0u32).unwrap();
+        a.rdmsr().unwrap();
+        a.cmp(dword_ptr(rsi + 24), 0).unwrap();
+        a.je(wait).unwrap();
+        apic_write(a, 0xb0, 0);
+        done(a, 3);
+    });
+    b.gate(0xf4, CODE + 0x1100);
+    b.code(CODE, |a| {
+        let mut wait = a.create_label();
+        a.mov(rsi, DATA).unwrap();
+        a.cli().unwrap();
+        a.mov(dword_ptr(rsi), 1).unwrap();
+        a.set_label(&mut wait).unwrap();
+        a.mov(ecx, 0x4000_00f0u32).unwrap();
+        a.rdmsr().unwrap();
+        a.cmp(dword_ptr(rsi + 8), 0).unwrap();
+        a.je(wait).unwrap();
+        log(a, 1);
+        apic_write(a, 0xf0, 0x1ff);
+        apic_write(a, 0x300, 0x4_40f4);
+        a.sti().unwrap();
+        a.hlt().unwrap();
+    });
+    // The other VP gives each wait time to fall asleep, then kicks it as Linux does: by an interrupt.
+    b.code(CODE + 0x4000, |a| {
+        apic_write(a, 0xf0, 0x1ff);
+        for (ready, flag, vector) in [(0, 8, 0xf7u32), (2, 24, 0xf7)] {
+            wait_for(a, ready, 1);
+            let mut spin = a.create_label();
+            a.mov(ecx, 20_000_000u32).unwrap();
+            a.set_label(&mut spin).unwrap();
+            a.dec(ecx).unwrap();
+            a.jnz(spin).unwrap();
+            a.mov(rsi, DATA).unwrap();
+            a.mov(dword_ptr(rsi + flag), 1).unwrap();
+            apic_write(a, 0x310, 0);
+            apic_write(a, 0x300, 0x4000 | vector);
+        }
+        a.hlt().unwrap();
+    });
+    b.start_at(CODE);
+    let state = b.long_state(1, CODE + 0x4000);
+    b.vps[1].set_state(&state).unwrap();
+    assert_eq!(b.run(LIMIT), 3);
+    assert_eq!(b.log(), [1]);
+}
