@@ -9,6 +9,7 @@
 pub mod apic;
 pub mod code;
 pub mod control;
+pub mod direct;
 pub mod exception;
 pub mod features;
 mod glue;
