@@ -1,3 +1,4 @@
 //! Direct execution: 64-bit user code of the guest, executed by the host's processor in user mode as it is.
 
 pub mod process;
+pub mod screen;

@@ -14,17 +14,16 @@
 //! a seccomp filter that lets it map files shared, unmap, and nothing more. The filter has a second purpose: the kernel
 //! executes the system calls of its vsyscall page itself, unseen by ptrace, but not unseen by seccomp.
 //!
-//! **What guest code sees that is not the guest's.** CPUID, where the processor cannot make it fault
-//! ([`Process::cpuid_faults`]); XGETBV, RDPID and the selectors; SGDT, SIDT, SMSW where the host has UMIP, which its
-//! kernel answers with constants; the stub and the (emptied) commands, which can be read and not written. RDTSC and
-//! RDTSCP fault.
+//! **What guest code sees that is not the guest's.** What [`super::screen`] finds in code (CPUID faults on some processors:
+//! [`Process::cpuid_faults`]; RDTSC and RDTSCP do if that is asked for: [`Tsc`]); the selectors; the stub and the (emptied)
+//! commands, which can be read and not written.
 
 mod child;
 mod sys;
 #[cfg(test)]
 mod tests;
 
-use child::{Command, Plan, STEPS, Talk};
+use child::{Command, DONE, Plan, STEPS, Talk};
 use std::io;
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -55,6 +54,8 @@ const PTRACE_GET_RSEQ_CONFIGURATION: libc::c_uint = 0x420f;
 const NT_X86_XSTATE: u64 = 0x202;
 /// Status of a stop at a system call, with PTRACE_O_TRACESYSGOOD.
 const SYSCALL_STOP: i32 = libc::SIGTRAP | 0x80;
+/// Status of the stop at [`DONE`].
+const STUB_STOP: i32 = libc::SIGTRAP | libc::PTRACE_EVENT_SECCOMP << 8;
 /// Bytes of the FXSAVE image that the kernel uses for itself.
 const SOFTWARE: Range<usize> = 464..512;
 
@@ -108,6 +109,16 @@ pub enum MapOp {
     },
     /// Unmaps everything.
     UnmapAll,
+}
+
+/// What RDTSC and RDTSCP do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tsc {
+    /// They read the host's counter.
+    Host,
+    /// They raise SIGSEGV. The host's kernel then writes CR4 at each switch between this process and another: on a host that
+    /// is a guest itself, that may double the costs of a run (measured: 18 us instead of 8).
+    Faults,
 }
 
 /// Why guest code has stopped.
@@ -164,6 +175,8 @@ pub struct Process {
     /// It has been reaped, so its number may be somebody else's.
     ended: bool,
     cpuid_faults: bool,
+    /// The host's processor that it is bound to; negative: none yet.
+    processor: i32,
     /// As large as the kernel wants it.
     xstate: Box<[u8]>,
     /// Neither `Send` nor `Sync`.
@@ -224,8 +237,11 @@ const MAP_FLAGS: u64 = (libc::MAP_SHARED | libc::MAP_FIXED | libc::MAP_POPULATE)
 /// Where the filter lies when it is set: in the second half of the commands.
 const FILTER_AT: usize = SHARED / 2;
 
-/// The process's filter: mmap as [`MAP_FLAGS`] say, munmap.
-fn filter() -> [libc::sock_filter; 9] {
+/// Instructions of the filter.
+type Filter = [libc::sock_filter; 11];
+
+/// The process's filter: mmap as [`MAP_FLAGS`] say, munmap, and a stop at [`DONE`].
+fn filter() -> Filter {
     const LOAD: u16 = (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16;
     const EQUAL: u16 = (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16;
     const RETURN: u16 = (libc::BPF_RET | libc::BPF_K) as u16;
@@ -235,8 +251,9 @@ fn filter() -> [libc::sock_filter; 9] {
     // `struct seccomp_data`: number, architecture, address, arguments from byte 16.
     [
         step(LOAD, 0, 0, 4),
-        step(EQUAL, 0, 5, ARCH),
+        step(EQUAL, 0, 6, ARCH),
         step(LOAD, 0, 0, 0),
+        step(EQUAL, 6, 0, DONE as u32),
         step(EQUAL, 4, 0, libc::SYS_munmap as u32),
         step(EQUAL, 0, 2, libc::SYS_mmap as u32),
         // The flags: no memory of its own.
@@ -244,6 +261,7 @@ fn filter() -> [libc::sock_filter; 9] {
         step(EQUAL, 1, 0, MAP_FLAGS as u32),
         step(RETURN, 0, 0, libc::SECCOMP_RET_TRAP),
         step(RETURN, 0, 0, libc::SECCOMP_RET_ALLOW),
+        step(RETURN, 0, 0, libc::SECCOMP_RET_TRACE),
     ]
 }
 
@@ -257,7 +275,7 @@ fn first_commands(shared: &Shared) -> Vec<Command> {
     unsafe {
         let here = shared.0.as_ptr().byte_add(FILTER_AT);
         here.cast::<[u64; 2]>().write(program);
-        here.byte_add(16).cast::<[libc::sock_filter; 9]>().write(filter);
+        here.byte_add(16).cast::<Filter>().write(filter);
     }
     let reserved = Process::RESERVED;
     vec![
@@ -297,7 +315,7 @@ impl Process {
     ///
     /// # Errors
     /// Where ptrace is refused, or something else that it needs (Linux 5.13). Nothing is left behind.
-    pub fn spawn(blocks: &[BorrowedFd<'_>]) -> io::Result<Self> {
+    pub fn spawn(blocks: &[BorrowedFd<'_>], tsc: Tsc) -> io::Result<Self> {
         silence_stops()?;
         let shared = Shared::new()?;
         let commands = first_commands(&shared);
@@ -307,6 +325,7 @@ impl Process {
         let plan = Plan {
             blocks: &fds,
             first_fd,
+            tsc_faults: tsc == Tsc::Faults,
             parent: std::process::id() as i32,
             shared: shared.0.as_ptr(),
             commands: commands.len() as u64,
@@ -344,6 +363,7 @@ impl Process {
             interrupted: false,
             ended: false,
             cpuid_faults: false,
+            processor: -1,
             xstate: Box::default(),
             thread: PhantomData,
         };
@@ -369,7 +389,7 @@ impl Process {
         while self.wait()? != libc::SIGSTOP {
             sys::ptrace_number(libc::PTRACE_CONT, self.pid, 0)?;
         }
-        let options = libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACESYSGOOD;
+        let options = libc::PTRACE_O_EXITKILL | libc::PTRACE_O_TRACESYSGOOD | libc::PTRACE_O_TRACESECCOMP;
         sys::ptrace_number(libc::PTRACE_SETOPTIONS, self.pid, options as u64)?;
         // `struct ptrace_rseq_configuration`: pointer, size and signature, flags.
         let mut rseq = [0u64; 3];
@@ -455,10 +475,11 @@ impl Process {
         loop {
             self.resume(libc::PTRACE_CONT)?;
             match self.wait()? {
+                STUB_STOP => break,
                 INTERRUPT => self.interrupted = true,
                 signal => {
-                    if self.fault(signal)?.is_some() {
-                        break;
+                    if let Some(fault) = self.fault(signal)? {
+                        return Err(io::Error::other(format!("the stub has stopped: {fault:?}")));
                     }
                 }
             }
@@ -469,7 +490,7 @@ impl Process {
         }
         match regs.r12 {
             0 => Ok(()),
-            _ => Err(io::Error::from_raw_os_error((regs.rax as i64).unsigned_abs() as i32)),
+            _ => Err(io::Error::from_raw_os_error((regs.r13 as i64).unsigned_abs() as i32)),
         }
     }
 
@@ -578,7 +599,28 @@ impl Process {
         unsafe { sys::ptrace(libc::PTRACE_SETREGS, self.pid, 0, &raw mut *regs) }.map(drop).map_err(gone_or_invalid)
     }
 
+    /// Binds the process to the processor of the calling thread. The two take turns; on two processors each turn would wake
+    /// an idle one (measured: 20 to 100 us a round trip instead of 8). When the scheduler moves the thread, the process
+    /// follows at its next turn.
+    fn follow(&mut self) {
+        // SAFETY: asks for a number.
+        let here = unsafe { libc::sched_getcpu() };
+        if here == self.processor || here < 0 {
+            return;
+        }
+        self.processor = here;
+        // SAFETY: the set is a structure of bits, `CPU_SET` checks its bounds, and the call reads it. What is refused costs
+        // time only.
+        unsafe {
+            let mut set: libc::cpu_set_t = std::mem::zeroed();
+            libc::CPU_SET(here as usize, &mut set);
+            let arguments = [self.pid as u64, size_of_val(&set) as u64, &raw const set as u64, 0, 0, 0];
+            let _ = sys::call(libc::SYS_sched_setaffinity, arguments);
+        }
+    }
+
     fn resume(&mut self, request: libc::c_uint) -> io::Result<()> {
+        self.follow();
         match sys::ptrace_number(request, self.pid, 0) {
             // It is not stopped any more: it has been killed, which the wait finds.
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
@@ -586,7 +628,7 @@ impl Process {
         }
     }
 
-    /// Waits for the next stop; gives its signal.
+    /// Waits for the next stop; gives its signal, and above it the event.
     fn wait(&mut self) -> io::Result<i32> {
         loop {
             let mut status = 0i32;
@@ -595,7 +637,7 @@ impl Process {
             match unsafe { sys::call(libc::SYS_wait4, arguments) } {
                 Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
                 Err(error) => return Err(error),
-                Ok(_) if libc::WIFSTOPPED(status) => return Ok(libc::WSTOPSIG(status)),
+                Ok(_) if libc::WIFSTOPPED(status) => return Ok(status >> 8),
                 Ok(_) => {
                     self.ended = true;
                     let how = match libc::WIFSIGNALED(status) {
