@@ -50,6 +50,9 @@ pub struct Args {
     /// Translation of guest code (engine soft): on, off (interpret everything), verify (both, and compare: slow, for tests)
     #[arg(long, value_enum, default_value_t = TranslateArg::On)]
     translate: TranslateArg,
+    /// Direct execution of the guest's 64-bit user code, in processes of its own (engine soft, with --translate on)
+    #[arg(long, value_enum, default_value_t = OnOff::Off)]
+    direct: OnOff,
     /// Disk image (VHDX, VHD, raw) on the synthetic SCSI controller; may be given several times
     #[arg(long, value_name = "FILE", conflicts_with = "restore")]
     disk: Vec<PathBuf>,
@@ -216,7 +219,7 @@ pub fn run(args: Args, started: Instant) -> ExitCode {
             EngineArg::Soft => EngineChoice::Soft,
             EngineArg::Kvm => EngineChoice::Kvm,
         },
-        engine_options: EngineOptions { translate, ..EngineOptions::default() },
+        engine_options: EngineOptions { translate, direct: args.direct == OnOff::On, ..EngineOptions::default() },
         firmware: FirmwareOptions {
             variables,
             template: args.secure_boot_template,

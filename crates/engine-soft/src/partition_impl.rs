@@ -10,7 +10,7 @@ use crate::wake::{Waker, futex_wait, futex_wake};
 use partition::memory::page_flags;
 use partition::{
     Abilities, Clock, DirtyPages, Engine, EngineError, EngineOptions, EngineStats, Gpa, GuestMemory, MemoryObserver,
-    Msi, Partition, PartitionConfig, TlbFlush, Vp, VpIndex, VpSet, VpState,
+    Msi, Partition, PartitionConfig, TlbFlush, TranslateMode, Vp, VpIndex, VpSet, VpState,
 };
 use std::collections::HashMap;
 use std::ops::RangeInclusive;
@@ -40,6 +40,9 @@ impl Engine for SoftEngine {
     }
     fn abilities(&self) -> Abilities {
         ABILITIES
+    }
+    fn uses_processes(&self, options: &EngineOptions) -> bool {
+        options.direct && options.translate == TranslateMode::On
     }
     fn create(&self, config: PartitionConfig) -> Result<Arc<dyn Partition>, EngineError> {
         crate::rest::keep_tables_apart();

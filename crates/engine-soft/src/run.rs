@@ -49,6 +49,10 @@ impl Vp for SoftVp {
         self.index
     }
 
+    fn prepare(&mut self) {
+        self.prepare_direct();
+    }
+
     fn run(&mut self, exits: &dyn VpExits) -> Result<RunExit, EngineError> {
         exact_timers();
         let partition = self.partition.clone();

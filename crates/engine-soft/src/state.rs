@@ -46,6 +46,7 @@ impl SoftVp {
             counts: crate::stats::Counts::default(),
             verify: crate::translate::verify::Verify::default(),
             run: RunState::default(),
+            processes: crate::direct::Processes::default(),
             partition,
         };
         let signature = vp.features.table().get(1, 0).eax;

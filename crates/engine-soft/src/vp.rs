@@ -225,10 +225,13 @@ pub struct SoftVp {
     pub verify: crate::translate::verify::Verify,
     /// What the run loop remembers.
     pub run: crate::run::RunState,
+    /// For direct execution: made by [`partition::Vp::prepare`], to be used on its thread.
+    pub processes: crate::direct::Processes,
 }
 
 // SAFETY: `exits` is only set while `run` is on the stack of the one thread that owns the VP, and `VpExits` is
-// `Send + Sync`; everything else is owned or shared through `Arc` of `Sync` types.
+// `Send + Sync`; to the processes only the thread that has made them can do anything (the kernel knows their tracer), another
+// gets errors; everything else is owned or shared through `Arc` of `Sync` types.
 unsafe impl Send for SoftVp {}
 
 impl SoftVp {

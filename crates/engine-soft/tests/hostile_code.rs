@@ -258,7 +258,7 @@ fn fuzz(translate: TranslateMode) {
         cpuid: vec![model.table(0, 1, 1_000_000_000)],
         msr_exits: Vec::new(),
         hypercall_port: Some(0x5c),
-        options: EngineOptions { translate, code_cache_bytes: 8 << 20 },
+        options: EngineOptions { translate, code_cache_bytes: 8 << 20, direct: false },
     };
     let partition = SoftPartition::new(config).expect("a partition");
     let mut vp = SoftVp::new(partition, 0);

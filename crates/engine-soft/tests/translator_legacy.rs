@@ -344,7 +344,7 @@ struct Side {
 impl Side {
     fn new(translate: TranslateMode) -> Self {
         let memory = GuestMemory::with_ram(RAM, 0xc000_0000..1 << 32, false).unwrap();
-        let options = EngineOptions { translate, code_cache_bytes: 8 << 20 };
+        let options = EngineOptions { translate, code_cache_bytes: 8 << 20, direct: false };
         let bench = Bench::with_options(&SoftEngine::new(), "x86-64-v3", 1, memory, options);
         bench.clock.start();
         Self { bench }

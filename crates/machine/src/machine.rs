@@ -120,10 +120,11 @@ pub struct Base {
 }
 
 impl Base {
-    /// What a machine with this configuration begins with.
-    pub fn new(config: &MachineConfig) -> Result<Self, MachineError> {
+    /// What a machine with this configuration begins with. `shared`: the memory is a file that other processes can map
+    /// ([`Engine::uses_processes`]).
+    pub fn new(config: &MachineConfig, shared: bool) -> Result<Self, MachineError> {
         check(config)?;
-        let memory = GuestMemory::with_ram(config.memory_bytes, layout::HOLE, false)?;
+        let memory = GuestMemory::with_ram(config.memory_bytes, layout::HOLE, shared)?;
         memory.unmap(Gpa(layout::VGA.start), layout::VGA.end - layout::VGA.start)?;
         if matches!(config.boot, BootSource::Firmware { .. }) {
             let screen = MemoryBlock::new(layout::frame_buffer::SIZE, false)?;
@@ -196,7 +197,8 @@ impl Machine {
     /// Makes a stopped machine with nothing loaded: [`Machine::boot`] or [`Machine::restore`] must follow.
     pub fn new(config: MachineConfig, parts: Parts<'_>) -> Result<Self, MachineError> {
         check(&config)?;
-        let base = parts.base.map_or_else(|| Base::new(&config), Ok)?;
+        let shared = parts.engine.uses_processes(&parts.options);
+        let base = parts.base.map_or_else(|| Base::new(&config, shared), Ok)?;
         let mut cpuid = parts.cpuid;
         if let Some(interface) = &parts.guest_interface {
             for table in &mut cpuid {

@@ -73,7 +73,7 @@ fn gone(vp: usize) -> EngineError {
 }
 
 impl Vcpus {
-    /// Takes all VPs and makes their threads. `report` is called on a VP's thread when it stops by itself.
+    /// Takes all VPs and makes their threads, and waits until each has prepared itself ([`Vp::prepare`]). `report` is called on a VP's thread when it stops by itself.
     pub fn new(
         stopper: Arc<Stopper>,
         exits: Arc<Exits>,
@@ -89,15 +89,21 @@ impl Vcpus {
             started,
         });
         let mut threads = Vec::new();
+        let (prepared, all_prepared) = channel();
         for index in 0..stopper.count {
             let vp = stopper.partition.take_vp(index)?;
             let (sender, commands) = channel();
-            let shared = shared.clone();
+            let (shared, prepared) = (shared.clone(), prepared.clone());
             let thread = std::thread::Builder::new()
                 .name(format!("vp{index}"))
-                .spawn(move || serve(vp, &commands, &shared))
+                .spawn(move || serve(vp, prepared, &commands, &shared))
                 .map_err(|source| EngineError::Host { call: "creating a VP thread", source })?;
             threads.push((sender, thread));
+        }
+        // Until each has said so, or ended.
+        drop(prepared);
+        if all_prepared.iter().count() < threads.len() {
+            return Err(EngineError::Internal { vp: 0, what: "a VP's thread has ended before it was prepared".into() });
         }
         Ok(Self { shared, threads })
     }
@@ -146,7 +152,10 @@ impl Drop for Vcpus {
     }
 }
 
-fn serve(mut vp: Box<dyn Vp>, commands: &Receiver<Command>, shared: &Shared) {
+fn serve(mut vp: Box<dyn Vp>, prepared: Sender<()>, commands: &Receiver<Command>, shared: &Shared) {
+    vp.prepare();
+    let _ = prepared.send(());
+    drop(prepared);
     let mut started = shared.started.clone();
     while let Ok(command) = commands.recv() {
         match command {

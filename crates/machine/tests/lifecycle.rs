@@ -236,7 +236,7 @@ fn the_external_interrupt_reaches_the_processor() {
 fn nonsense_configurations_are_refused() {
     for (memory, processors) in [(0, 1), (1 << 20, 1), ((4 << 20) + 1, 1), (1 << 40, 1), (4 << 20, 0), (4 << 20, 65)] {
         let config = MachineConfig { memory_bytes: memory, ..config(processors) };
-        let base = viridian_machine::machine::Base::new(&config);
+        let base = viridian_machine::machine::Base::new(&config, false);
         assert!(base.is_err(), "{memory} bytes, {processors} processors");
     }
 }

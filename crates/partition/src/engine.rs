@@ -83,11 +83,14 @@ pub struct EngineOptions {
     /// Bound of the code cache of all VPs together, in bytes. Memory is only taken as code is made: a compiler's run makes about
     /// 80 MiB on each VP that executes it, and a cache that is too small is emptied over and over.
     pub code_cache_bytes: usize,
+    /// Execute 64-bit user code of the guest directly, in processes of its own, where the host allows it
+    /// ([`Engine::uses_processes`]).
+    pub direct: bool,
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { translate: TranslateMode::default(), code_cache_bytes: 256 << 20 }
+        Self { translate: TranslateMode::default(), code_cache_bytes: 256 << 20, direct: false }
     }
 }
 
@@ -191,6 +194,14 @@ pub trait Engine: Send + Sync {
     fn abilities(&self) -> Abilities {
         Abilities::default()
     }
+    /// Do its VPs execute guest code in processes of their own, with these options? Then they make them in [`Vp::prepare`];
+    /// the guest's memory must be shared ([`crate::MemoryBlock::new`]); and the VPs' threads go on needing `ptrace` (to
+    /// resume them, and to read and write their registers), `wait4`, `sched_setaffinity`, and all threads
+    /// `pidfd_send_signal`.
+    fn uses_processes(&self, options: &EngineOptions) -> bool {
+        let _ = options;
+        false
+    }
     /// Makes a partition. VPs start in the reset state.
     fn create(&self, config: PartitionConfig) -> Result<Arc<dyn Partition>, EngineError>;
 }
@@ -254,6 +265,9 @@ pub trait Partition: Send + Sync {
 pub trait Vp: Send {
     /// Its number.
     fn index(&self) -> VpIndex;
+    /// Makes what must be made on the VP's own thread before the process is confined (see [`Engine::uses_processes`]).
+    /// Called once, before everything else.
+    fn prepare(&mut self) {}
     /// Executes guest code until there is a reason to stop.
     fn run(&mut self, exits: &dyn VpExits) -> Result<RunExit, EngineError>;
     /// The VP's complete state. The VP must not be running.

@@ -228,9 +228,9 @@ pub fn run(options: &RunOptions) -> Result<Outcome, WorkerError> {
     // Before anything that a signal should undo.
     catch_signals(sender.clone())?;
     let prepared = prepare(options, &reporter, sender)?;
-    let Prepared { machine, mut plugged, console, devices, bios, engine, restored } = prepared;
+    let Prepared { machine, mut plugged, console, devices, bios, engine, processes, restored } = prepared;
     if let Some(confined) = &mut confined {
-        sandbox::filter(confined);
+        sandbox::filter(confined, processes);
         reporter.confined(confined);
     }
     let startup = options.started.elapsed();
@@ -282,6 +282,8 @@ struct Prepared {
     devices: Option<Arc<Devices>>,
     bios: Option<Arc<BiosDevice>>,
     engine: &'static str,
+    /// The engine uses processes of its own.
+    processes: bool,
     restored: bool,
 }
 
@@ -298,7 +300,9 @@ fn prepare(options: &RunOptions, reporter: &Arc<Reporter>, sender: Sender<Wake>)
         }
     };
     check_host_memory(config.memory_bytes)?;
-    let base = Base::new(&config).map_err(WorkerError::Machine)?;
+    let engine = engines::choose(options.engine).map_err(WorkerError::Engine)?;
+    let processes = engine.uses_processes(&options.engine_options);
+    let base = Base::new(&config, processes).map_err(WorkerError::Machine)?;
     if options.reserve_memory {
         base.memory.populate().map_err(|e| WorkerError::Setup(format!("reserving memory: {e}")))?;
     }
@@ -306,7 +310,6 @@ fn prepare(options: &RunOptions, reporter: &Arc<Reporter>, sender: Sender<Wake>)
         .map_err(|e| WorkerError::Setup(format!("--cpu-model: {e}")))?;
     let phase = |what: &str| tracing::debug!("{what} after {:.1} ms", options.started.elapsed().as_secs_f64() * 1e3);
     phase("memory and processor model");
-    let engine = engines::choose(options.engine).map_err(WorkerError::Engine)?;
     let console = options.console.then(Console::new);
     let mut plugged = match &console {
         Some(_) => None,
@@ -361,7 +364,7 @@ fn prepare(options: &RunOptions, reporter: &Arc<Reporter>, sender: Sender<Wake>)
         generation2: generation2.map(|bios| bios as Arc<dyn chipset::Device>).into_iter().collect(),
         guest_interface: devices.as_ref().map(|d| d.interface.clone() as Arc<dyn GuestInterface>),
         base: Some(base),
-        vp_started: vp_started(options),
+        vp_started: vp_started(options, processes),
         // A run loop that has gone away does not need the event.
         events: Arc::new(move |event| drop(events.send(Wake::Machine(event)))),
     };
@@ -380,12 +383,12 @@ fn prepare(options: &RunOptions, reporter: &Arc<Reporter>, sender: Sender<Wake>)
             .map_err(|source| WorkerError::Host { what: "preparing the terminal", source })?;
     }
     reporter.made(engine.name(), &machine);
-    Ok(Prepared { machine, plugged, console, devices, bios, engine: engine.name(), restored })
+    Ok(Prepared { machine, plugged, console, devices, bios, engine: engine.name(), processes, restored })
 }
 
 /// What each VP's thread does before it executes guest code: it goes to its processor of the host, and gives up system
 /// calls.
-fn vp_started(options: &RunOptions) -> Option<VpStarted> {
+fn vp_started(options: &RunOptions, processes: bool) -> Option<VpStarted> {
     let (affinity, confine) = (options.affinity.clone(), options.confine.is_some());
     Some(Arc::new(move |vp| {
         if !affinity.is_empty() {
@@ -396,7 +399,7 @@ fn vp_started(options: &RunOptions) -> Option<VpStarted> {
                 tracing::warn!("virtual processor {vp} cannot be bound to the host's processor {processor}: {error}");
             }
         }
-        if confine && let Err(error) = sandbox::filter_vp() {
+        if confine && let Err(error) = sandbox::filter_vp(processes) {
             tracing::warn!("seccomp for virtual processor {vp}: {error}");
         }
     }))

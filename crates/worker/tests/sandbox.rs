@@ -4,12 +4,15 @@
 //! What this host cannot apply (an old kernel without Landlock, a container without user namespaces) is said, and its
 //! trials are left out.
 
+use engine_soft::direct::process::{self, MapOp, Process, Prot, Stop, Tsc};
+use partition::MemoryBlock;
 use std::fs::File;
 use std::io::{ErrorKind, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::path::Path;
 use std::process::{Command, ExitCode};
+use std::sync::Arc;
 use viridian_worker::control::schema::Sandbox;
 use viridian_worker::sandbox;
 
@@ -53,7 +56,14 @@ const TRIALS: &[(&str, &str, Expect)] = &[
     ("replace-reads", "landlock", Expect::Refused),
     ("sockets-folder-writes", "landlock", Expect::Refused),
     ("socket-goes-away", "landlock", Expect::Allowed),
+    ("direct-runs", "direct", Expect::Allowed),
+    ("direct-attaches", "direct", Expect::Killed),
+    ("direct-reads-memory", "direct", Expect::Killed),
+    ("direct-spawns", "direct", Expect::Refused),
+    ("direct-kills-parent", "direct", Expect::Refused),
     ("exec", "seccomp", Expect::Killed),
+    ("trace", "seccomp", Expect::Killed),
+    ("wait", "seccomp", Expect::Refused),
     ("unshare", "seccomp", Expect::Killed),
     ("regain-capabilities", "no-capabilities", Expect::Refused),
     ("keeps-its-user", "user-namespace", Expect::Allowed),
@@ -135,7 +145,8 @@ fn verdict<T>(result: Result<T, std::io::Error>) -> ExitCode {
     })
 }
 
-fn confined(dir: &Path) -> Sandbox {
+/// Confines this process as a worker does; `processes`: whose engine uses processes, which `prepare` makes.
+fn confined(dir: &Path, processes: bool, prepare: impl FnOnce()) -> Sandbox {
     let files = sandbox::Files {
         read: vec![dir.join("read-only")],
         write: vec![dir.join("own")],
@@ -143,7 +154,8 @@ fn confined(dir: &Path) -> Sandbox {
         sockets: vec![dir.join("sockets")],
     };
     let mut report = sandbox::confine(&files);
-    sandbox::filter(&mut report);
+    prepare();
+    sandbox::filter(&mut report, processes);
     report
 }
 
@@ -152,13 +164,53 @@ fn attack(trial: &str, dir: &Path) -> ExitCode {
     let _client = UnixStream::connect(dir.join("own").join(format!("{trial}.sock")));
     let parent = rustix::process::getppid();
     let outside_user = std::fs::metadata("/proc/self").map(|m| std::os::unix::fs::MetadataExt::uid(&m));
-    let report = confined(dir);
+    let processes = trial.starts_with("direct-");
+    let mut direct = Direct::none();
+    let report = confined(dir, processes, || {
+        if processes || trial == "report" {
+            direct = Direct::new();
+        }
+    });
     let denied = || std::io::Error::from(ErrorKind::PermissionDenied);
     match trial {
         "report" => {
             report.missing.iter().for_each(|line| println!("{line}"));
+            let seccomp = report.missing.iter().find(|line| line.starts_with("seccomp")).cloned();
+            if let Some(why) = direct.0.err().map(|e| e.to_string()).or(seccomp) {
+                println!("direct: {why}");
+            }
             ExitCode::SUCCESS
         }
+        "direct-runs" | "direct-attaches" | "direct-reads-memory" | "direct-spawns" | "direct-kills-parent" => {
+            let (memory, mut process) = match direct.0 {
+                Ok(made) => made,
+                Err(error) => {
+                    println!("{error}");
+                    return ExitCode::from(STRANGE);
+                }
+            };
+            if let Err(error) = sandbox::filter_vp(processes) {
+                println!("{error}");
+                return ExitCode::from(STRANGE);
+            }
+            let parent = parent.map_or(1, |p| p.as_raw_nonzero().get());
+            let pid = |id: i32| nix::unistd::Pid::from_raw(id);
+            match trial {
+                "direct-runs" => verdict(run_directly(&memory, &mut process).inspect(|()| drop(process))),
+                "direct-attaches" => verdict(nix::sys::ptrace::attach(pid(parent)).map_err(Into::into)),
+                "direct-reads-memory" => {
+                    let (id, at) = (process.id() as i32, Process::RESERVED.start as *mut _);
+                    verdict(nix::sys::ptrace::read(pid(id), at).map_err(Into::into))
+                }
+                "direct-spawns" => verdict(Command::new("/bin/true").spawn()),
+                _ => verdict(nix::sys::signal::kill(pid(parent), nix::sys::signal::SIGWINCH).map_err(Into::into)),
+            }
+        }
+        "trace" => {
+            let parent = parent.map_or(1, |p| p.as_raw_nonzero().get());
+            verdict(nix::sys::ptrace::cont(nix::unistd::Pid::from_raw(parent), None).map_err(Into::into))
+        }
+        "wait" => verdict(nix::sys::wait::wait().map_err(Into::into)),
         "read-own" => verdict(std::fs::read(dir.join("read-only"))),
         "write-own-folder" => {
             let (new, named) = (dir.join("own/new"), dir.join("own/named"));
@@ -189,7 +241,7 @@ fn attack(trial: &str, dir: &Path) -> ExitCode {
             verdict(std::fs::set_permissions(dir.join("own/file"), all))
         }
         "vp-accepts" => {
-            if let Err(error) = sandbox::filter_vp() {
+            if let Err(error) = sandbox::filter_vp(processes) {
                 println!("{error}");
                 return ExitCode::from(STRANGE);
             }
@@ -197,7 +249,7 @@ fn attack(trial: &str, dir: &Path) -> ExitCode {
         }
         "vp-works" | "vp-opens-own" | "vp-removes-own" | "vp-asks-for-a-file" => {
             let mut open = File::options().append(true).open(dir.join("own/file"));
-            if let Err(error) = sandbox::filter_vp() {
+            if let Err(error) = sandbox::filter_vp(processes) {
                 println!("{error}");
                 return ExitCode::from(STRANGE);
             }
@@ -246,5 +298,53 @@ fn attack(trial: &str, dir: &Path) -> ExitCode {
             verdict(same)
         }
         _ => ExitCode::from(STRANGE),
+    }
+}
+
+/// What direct execution of guest code needs: memory of a guest, and a process.
+struct Direct(Result<(Arc<MemoryBlock>, Process), std::io::Error>);
+
+impl Direct {
+    fn none() -> Self {
+        Self(Err(ErrorKind::Other.into()))
+    }
+
+    fn new() -> Self {
+        let make = || {
+            let memory = MemoryBlock::new(1 << 20, true).map_err(std::io::Error::other)?;
+            let process = Process::spawn(&memory.fd().into_iter().collect::<Vec<_>>(), Tsc::Host)?;
+            Ok((memory, process))
+        };
+        Self(make())
+    }
+}
+
+/// Everything that an engine does with a process.
+fn run_directly(memory: &MemoryBlock, process: &mut Process) -> Result<(), std::io::Error> {
+    let wrong = |what: String| Err(std::io::Error::other(what));
+    // syscall; a loop without end; another page: ud2.
+    memory.write(0, b"\x0f\x05\xeb\xfe");
+    memory.write(4096, b"\x0f\x0b");
+    process.apply(&[MapOp::Map { at: 0x40_0000, len: 8192, block: 0, offset: 0, prot: Prot::ReadExecute }])?;
+    let mut state = [0; 4096];
+    process.get_xstate(&mut state)?;
+    process.set_xstate(&state)?;
+    let mut regs = process::user_regs();
+    regs.rip = 0x40_0000;
+    let stop = process.run(&mut regs)?;
+    if stop != Stop::Syscall {
+        return wrong(format!("{stop:?}"));
+    }
+    let interrupter = process.interrupter();
+    let other = std::thread::Builder::new().spawn(move || interrupter.interrupt())?;
+    let stop = process.run(&mut regs)?;
+    if stop != Stop::Interrupted || other.join().is_err() {
+        return wrong(format!("{stop:?}"));
+    }
+    regs.rip = 0x40_1000;
+    let stop = process.run(&mut regs)?;
+    match stop {
+        Stop::Fault { address: 0x40_1000, .. } => process.apply(&[MapOp::UnmapAll]),
+        _ => wrong(format!("{stop:?}")),
     }
 }

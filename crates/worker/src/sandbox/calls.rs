@@ -99,6 +99,24 @@ const DEVICES: &[i64] = &[
     libc::SYS_io_uring_enter,
 ];
 
+/// What VPs do whose guest code is executed in processes of their own: those exist already, and no other can be traced.
+/// (And `ptrace` with [`TRACING`], `pidfd_send_signal` with [`TO_PROCESSES`].)
+const PROCESSES: &[i64] = &[libc::SYS_wait4, libc::SYS_sched_setaffinity];
+
+/// `ptrace` requests to a process that is traced already, of which none reads or writes memory.
+const TRACING: &[libc::c_uint] = &[
+    libc::PTRACE_CONT,
+    libc::PTRACE_SYSEMU,
+    libc::PTRACE_GETREGS,
+    libc::PTRACE_SETREGS,
+    libc::PTRACE_GETREGSET,
+    libc::PTRACE_SETREGSET,
+    libc::PTRACE_GETSIGINFO,
+];
+
+/// What interrupts such a process, and what ends it. The descriptors say which one: none can be made for another process.
+const TO_PROCESSES: &[i32] = &[libc::SIGUSR1, libc::SIGKILL];
+
 /// What the thread does that replaces a file for a VP, beyond [`ALL`].
 const WRITER: &[i64] = &[libc::SYS_openat, libc::SYS_fsync, libc::SYS_rename];
 
@@ -116,11 +134,10 @@ const SERVICE: &[i64] = &[
     libc::SYS_seccomp,
 ];
 
-/// Calls that have no use here but an attacker's.
+/// Calls that have no use here but an attacker's (`ptrace`: see [`deadly`]).
 const DEADLY: &[i64] = &[
     libc::SYS_execve,
     libc::SYS_execveat,
-    libc::SYS_ptrace,
     libc::SYS_process_vm_readv,
     libc::SYS_process_vm_writev,
     libc::SYS_mount,
@@ -178,8 +195,17 @@ fn compile(
     BpfProgram::try_from(filter).map_err(|e| e.to_string())
 }
 
-/// The allow-list: these calls, and a few with certain arguments only.
-fn allowed(lists: &[&[i64]], ioctls: &[u64]) -> Result<BpfProgram, String> {
+/// The deadly calls: `ptrace` too, but for [`TRACING`] if the engine uses processes.
+fn deadly(processes: bool) -> Result<BpfProgram, String> {
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = DEADLY.iter().map(|call| (*call, Vec::new())).collect();
+    let others = TRACING.iter().map(|request| condition(0, SeccompCmpOp::Ne, u64::from(*request), true));
+    let ptrace = if processes { vec![rule(others.collect::<Result<_, _>>()?)?] } else { Vec::new() };
+    rules.insert(libc::SYS_ptrace, ptrace);
+    compile(rules, SeccompAction::Allow, SeccompAction::KillProcess)
+}
+
+/// The allow-list: these calls, and a few with certain arguments only; `processes`: those that go to processes of the engine.
+fn allowed(lists: &[&[i64]], ioctls: &[u64], processes: bool) -> Result<BpfProgram, String> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
         lists.iter().flat_map(|list| list.iter()).map(|call| (*call, Vec::new())).collect();
     // Threads, not processes.
@@ -200,20 +226,29 @@ fn allowed(lists: &[&[i64]], ioctls: &[u64]) -> Result<BpfProgram, String> {
     };
     rules.insert(libc::SYS_fcntl, with(1, &fcntls)?);
     rules.insert(libc::SYS_prctl, with(0, PRCTLS)?);
+    if processes {
+        rules.extend(PROCESSES.iter().map(|call| (*call, Vec::new())));
+        // The deadly list is the one that looks at the request.
+        rules.insert(libc::SYS_ptrace, Vec::new());
+        let to = TO_PROCESSES.iter().map(|signal| {
+            let signal = condition(1, SeccompCmpOp::Eq, *signal as u64, false)?;
+            rule(vec![signal, condition(2, SeccompCmpOp::Eq, 0, true)?, condition(3, SeccompCmpOp::Eq, 0, false)?])
+        });
+        rules.insert(libc::SYS_pidfd_send_signal, to.collect::<Result<_, _>>()?);
+    }
     compile(rules, SeccompAction::Errno(libc::EPERM as u32), SeccompAction::Allow)
 }
 
 /// Puts the filters over all threads of the process.
-pub fn restrict_process() -> Result<(), String> {
-    let deadly = DEADLY.iter().map(|call| (*call, Vec::new())).collect();
+pub fn restrict_process(processes: bool) -> Result<(), String> {
     let no_clone3 = BTreeMap::from([(libc::SYS_clone3, Vec::new())]);
     // The allow-list comes last: it would not let the others be set.
     for program in [
-        compile(deadly, SeccompAction::Allow, SeccompAction::KillProcess)?,
+        deadly(processes)?,
         compile(no_clone3, SeccompAction::Allow, SeccompAction::Errno(libc::ENOSYS as u32))?,
         // `clone3` and what is deadly must be let through here, or this list's milder answer would not be the one: the
         // kernel takes the strictest, and among two error numbers the newest filter's.
-        allowed(&[ALL, DEVICES, SERVICE, &[libc::SYS_clone3]], &TERMINAL)?,
+        allowed(&[ALL, DEVICES, SERVICE, &[libc::SYS_clone3]], &TERMINAL, processes)?,
     ] {
         seccompiler::apply_filter_all_threads(&program).map_err(|e| e.to_string())?;
     }
@@ -221,13 +256,13 @@ pub fn restrict_process() -> Result<(), String> {
 }
 
 /// Puts the VP's shorter list over the calling thread, and the threads that it will make (the engine's timers).
-pub fn restrict_vp() -> Result<(), String> {
-    let program = allowed(&[ALL, &[libc::SYS_clone3]], &[])?;
+pub fn restrict_vp(processes: bool) -> Result<(), String> {
+    let program = allowed(&[ALL, &[libc::SYS_clone3]], &[], processes)?;
     seccompiler::apply_filter(&program).map_err(|e| e.to_string())
 }
 
 /// Puts the list of a thread that writes files over the calling thread.
 pub fn restrict_writer() -> Result<(), String> {
-    let program = allowed(&[ALL, WRITER, &[libc::SYS_clone3]], &[])?;
+    let program = allowed(&[ALL, WRITER, &[libc::SYS_clone3]], &[], false)?;
     seccompiler::apply_filter(&program).map_err(|e| e.to_string())
 }

@@ -58,17 +58,18 @@ pub fn confine(files: &Files) -> Sandbox {
     report
 }
 
-/// Second step, for all threads. Afterwards only what [`filter_vp`] takes away changes.
-pub fn filter(report: &mut Sandbox) {
-    note(report, "seccomp", calls::restrict_process());
+/// Second step, for all threads. Afterwards only what [`filter_vp`] takes away changes. `processes`: the engine has VPs
+/// that execute guest code in processes of their own, which exist already.
+pub fn filter(report: &mut Sandbox, processes: bool) {
+    note(report, "seccomp", calls::restrict_process(processes));
 }
 
-/// Second step for the thread of a VP.
+/// Second step for the thread of a VP; `processes` as for [`filter`].
 ///
 /// # Errors
 /// When the host refuses.
-pub fn filter_vp() -> Result<(), String> {
-    calls::restrict_vp()
+pub fn filter_vp(processes: bool) -> Result<(), String> {
+    calls::restrict_vp(processes)
 }
 
 /// Second step for the thread that replaces files for VPs, after [`filter`].
