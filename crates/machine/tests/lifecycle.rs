@@ -54,6 +54,13 @@ fn idle() -> Script {
 }
 
 #[test]
+fn a_machine_is_made_when_all_vps_are_prepared() {
+    let (machine, _events) = make(config(4), idle());
+    let counters = machine.engine_stats().counters;
+    assert!(counters.contains(&("prepared", 4)), "{counters:?}");
+}
+
+#[test]
 fn power_off_and_reset_come_as_events() {
     let calls = Arc::new(AtomicU32::new(0));
     let count = calls.clone();

@@ -14,6 +14,7 @@ pub struct FakeEngine(pub Script);
 
 #[derive(Default)]
 pub struct Seen {
+    pub prepared: AtomicU64,
     pub msis: AtomicU64,
     pub extint: AtomicBool,
     pub kicks: Mutex<Vec<bool>>,
@@ -88,6 +89,7 @@ impl Partition for FakePartition {
     fn stats(&self) -> EngineStats {
         let counters = vec![
             ("msis", self.seen.msis.load(Ordering::SeqCst)),
+            ("prepared", self.seen.prepared.load(Ordering::SeqCst)),
             ("extint", self.seen.extint.load(Ordering::SeqCst).into()),
         ];
         EngineStats { counters, ..EngineStats::default() }
@@ -97,6 +99,11 @@ impl Partition for FakePartition {
 impl Vp for FakeVp {
     fn index(&self) -> VpIndex {
         self.index
+    }
+    fn prepare(&mut self) {
+        assert_eq!(std::thread::current().name(), Some(format!("vp{}", self.index).as_str()));
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        self.seen.prepared.fetch_add(1, Ordering::SeqCst);
     }
     fn run(&mut self, exits: &dyn VpExits) -> Result<RunExit, EngineError> {
         loop {

@@ -24,6 +24,7 @@ mod sys;
 mod tests;
 
 use child::{Command, DONE, Plan, STEPS, Talk};
+use partition::clock::host_tsc;
 use std::io;
 use std::marker::PhantomData;
 use std::ops::Range;
@@ -56,6 +57,10 @@ const NT_X86_XSTATE: u64 = 0x202;
 const SYSCALL_STOP: i32 = libc::SIGTRAP | 0x80;
 /// Status of the stop at [`DONE`].
 const STUB_STOP: i32 = libc::SIGTRAP | libc::PTRACE_EVENT_SECCOMP << 8;
+/// Not bound to a processor.
+const ANYWHERE: i32 = -1;
+/// A long run, in ticks of the TSC: some 0.3 to 0.5 ms.
+const LONG: u64 = 1 << 20;
 /// Bytes of the FXSAVE image that the kernel uses for itself.
 const SOFTWARE: Range<usize> = 464..512;
 
@@ -175,8 +180,10 @@ pub struct Process {
     /// It has been reaped, so its number may be somebody else's.
     ended: bool,
     cpuid_faults: bool,
-    /// The host's processor that it is bound to; negative: none yet.
+    /// The host's processor that it is bound to, or [`ANYWHERE`].
     processor: i32,
+    /// How long runs are, in ticks of the host's TSC: a moving mean.
+    length: u64,
     /// As large as the kernel wants it.
     xstate: Box<[u8]>,
     /// Neither `Send` nor `Sync`.
@@ -363,7 +370,8 @@ impl Process {
             interrupted: false,
             ended: false,
             cpuid_faults: false,
-            processor: -1,
+            processor: ANYWHERE,
+            length: 0,
             xstate: Box::default(),
             thread: PhantomData,
         };
@@ -507,6 +515,7 @@ impl Process {
             return Ok(Stop::Interrupted);
         }
         self.set_regs(regs)?;
+        let begun = host_tsc();
         let stop = loop {
             self.resume(libc::PTRACE_SYSEMU)?;
             match self.wait()? {
@@ -520,6 +529,8 @@ impl Process {
                 }
             }
         };
+        let length = host_tsc().saturating_sub(begun).min(4 * LONG);
+        self.length = self.length - self.length / 4 + length / 4;
         *regs = self.regs()?;
         Ok(stop)
     }
@@ -599,23 +610,37 @@ impl Process {
         unsafe { sys::ptrace(libc::PTRACE_SETREGS, self.pid, 0, &raw mut *regs) }.map(drop).map_err(gone_or_invalid)
     }
 
-    /// Binds the process to the processor of the calling thread. The two take turns; on two processors each turn would wake
-    /// an idle one (measured: 20 to 100 us a round trip instead of 8). When the scheduler moves the thread, the process
-    /// follows at its next turn.
+    /// Binds the process to the processor of the calling thread while runs are short. The two take turns; on two processors
+    /// each turn would wake an idle one (measured: 20 to 100 us a round trip instead of 8). When the scheduler moves the
+    /// thread, the process follows at its next turn. While runs are long the scheduler is to place the process where it
+    /// likes: two bound to one processor would stay there, because their threads hardly run.
     fn follow(&mut self) {
-        // SAFETY: asks for a number.
-        let here = unsafe { libc::sched_getcpu() };
-        if here == self.processor || here < 0 {
+        let here = match self.length {
+            ..LONG => {
+                // SAFETY: asks for a number.
+                unsafe { libc::sched_getcpu() }
+            }
+            _ => ANYWHERE,
+        };
+        if here == self.processor {
             return;
         }
         self.processor = here;
-        // SAFETY: the set is a structure of bits, `CPU_SET` checks its bounds, and the call reads it. What is refused costs
-        // time only.
+        // SAFETY: the set is a structure of bits; `CPU_SET` checks its bounds; the calls write and read it. What is refused
+        // costs time only.
         unsafe {
             let mut set: libc::cpu_set_t = std::mem::zeroed();
-            libc::CPU_SET(here as usize, &mut set);
-            let arguments = [self.pid as u64, size_of_val(&set) as u64, &raw const set as u64, 0, 0, 0];
-            let _ = sys::call(libc::SYS_sched_setaffinity, arguments);
+            let place = |set: &libc::cpu_set_t| [size_of_val(set) as u64, std::ptr::from_ref(set) as u64];
+            match usize::try_from(here) {
+                Ok(here) => libc::CPU_SET(here, &mut set),
+                // Wherever the thread may be.
+                Err(_) => {
+                    let [size, at] = place(&set);
+                    let _ = sys::call(libc::SYS_sched_getaffinity, [0, size, at, 0, 0, 0]);
+                }
+            }
+            let [size, at] = place(&set);
+            let _ = sys::call(libc::SYS_sched_setaffinity, [self.pid as u64, size, at, 0, 0, 0]);
         }
     }
 

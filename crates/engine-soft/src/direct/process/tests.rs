@@ -566,3 +566,40 @@ fn costs() {
     });
     median("all unmapped", &mut || process.apply(&[MapOp::UnmapAll]).unwrap());
 }
+
+/// `cargo test --release -p viridian-engine-soft process::tests::two_at_once -- --ignored --nocapture`
+#[test]
+#[ignore = "a measurement"]
+fn two_at_once() {
+    // What so many processes, interrupted every 4 ms, get done in a second.
+    let rounds = |threads: usize| -> Vec<u64> {
+        let work = || {
+            let (memory, mut process) = process();
+            memory.write(0, b"\x48\xff\xc0\xeb\xfb");
+            let (interrupter, stop) = (process.interrupter(), Arc::new(std::sync::atomic::AtomicBool::new(false)));
+            let (seen, ordering) = (stop.clone(), std::sync::atomic::Ordering::SeqCst);
+            let timer = std::thread::spawn(move || {
+                while !seen.load(ordering) {
+                    std::thread::sleep(Duration::from_millis(4));
+                    interrupter.interrupt();
+                }
+            });
+            let start = Instant::now();
+            let (mut regs, mut moves, mut before) = (at(CODE), 0, -1);
+            while start.elapsed() < Duration::from_secs(1) {
+                assert_eq!(process.run(&mut regs).unwrap(), Stop::Interrupted);
+                moves += i32::from(process.processor != before);
+                before = process.processor;
+            }
+            stop.store(true, ordering);
+            timer.join().unwrap();
+            println!("{} rounds, {moves} times on another processor, at last {before}", regs.rax);
+            regs.rax
+        };
+        let all: Vec<_> = (0..threads).map(|_| std::thread::spawn(work)).collect();
+        all.into_iter().map(|t| t.join().unwrap()).collect()
+    };
+    for threads in [1, 2, 1, 2] {
+        println!("{threads} at once: {:?}", rounds(threads));
+    }
+}
