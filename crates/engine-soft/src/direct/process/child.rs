@@ -42,6 +42,8 @@ global_asm!(
     "3: mov r13, rax",
     "mov eax, {done}",
     "syscall",
+    // Here only if the filter could not be set.
+    "int3",
     "viridian_direct_stub_end:",
     ".popsection",
     done = const DONE,

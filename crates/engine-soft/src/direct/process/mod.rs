@@ -486,14 +486,16 @@ impl Process {
                 STUB_STOP => break,
                 INTERRUPT => self.interrupted = true,
                 signal => {
-                    if let Some(fault) = self.fault(signal)? {
-                        return Err(io::Error::other(format!("the stub has stopped: {fault:?}")));
+                    if self.fault(signal)?.is_some() {
+                        break;
                     }
                 }
             }
         }
         let regs = self.regs()?;
-        if regs.rip != STUB + child::stub().len() as u64 {
+        // Behind its SYSCALL, or behind the INT3 that follows.
+        let end = STUB + child::stub().len() as u64;
+        if !(end - 1..=end).contains(&regs.rip) {
             return Err(io::Error::other(format!("the stub has stopped at {:#x}", regs.rip)));
         }
         match regs.r12 {

@@ -156,6 +156,8 @@ fn every_way_into_the_kernel_stops() {
     (regs.rax, regs.rdi) = (libc::SYS_exit_group as u64, 5);
     assert_eq!(process.run(&mut regs).unwrap(), Stop::Syscall);
     assert_eq!((regs.rip, regs.rcx, regs.orig_rax), (CODE + 2, CODE + 2, libc::SYS_exit_group as u64));
+    // Nor is it when the stub works next.
+    process.apply(&[map(DATA + 4096, 2, 1, Prot::Read)]).unwrap();
     // int 0x80: exit.
     memory.write(0, b"\xcd\x80");
     let mut regs = at(CODE);
@@ -504,6 +506,41 @@ fn nothing_of_this_process_is_in_it() {
     let status = std::fs::read_to_string(format!("/proc/{}/status", process.pid)).unwrap();
     for line in ["Seccomp:\t2", "NoNewPrivs:\t1", "SigBlk:\t0000000000000000", "SigCgt:\t0000000000000000"] {
         assert!(status.contains(line), "{line}: {status}");
+    }
+}
+
+#[test]
+fn a_host_that_refuses_is_an_error_that_says_so() {
+    let refuse = |number: i64| {
+        let step = |code: u32, jt, jf, k| libc::sock_filter { code: code as u16, jt, jf, k };
+        let mut filter = [
+            step(libc::BPF_LD | libc::BPF_W | libc::BPF_ABS, 0, 0, 0),
+            step(libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K, 0, 1, number as u32),
+            step(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32),
+            step(libc::BPF_RET | libc::BPF_K, 0, 0, libc::SECCOMP_RET_ALLOW),
+        ];
+        let program = libc::sock_fprog { len: 4, filter: filter.as_mut_ptr() };
+        // SAFETY: concerns this thread only; the program is read.
+        unsafe {
+            assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
+            assert_eq!(libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0, &raw const program), 0);
+        }
+    };
+    for (call, says) in [
+        (libc::SYS_clone, "ermitted"),
+        (libc::SYS_ptrace, "PTRACE_TRACEME"),
+        (libc::SYS_close_range, "close_range"),
+        (libc::SYS_seccomp, "ermitted"),
+        (libc::SYS_wait4, "ermitted"),
+    ] {
+        let thread = std::thread::spawn(move || {
+            let memory = Memory::new();
+            refuse(call);
+            Process::spawn(&[memory.fd.as_fd()], Tsc::Host).err().expect("no process")
+        });
+        let error = thread.join().unwrap();
+        assert_eq!(error.kind(), io::ErrorKind::PermissionDenied, "{error}");
+        assert!(error.to_string().contains(says), "{call}: {error}");
     }
 }
 
