@@ -6,6 +6,7 @@
 //! | variable | meaning |
 //! | --- | --- |
 //! | `VIRIDIAN_FUZZ_SECONDS` | how long each target runs, instead of its own default |
+//! | `VIRIDIAN_FUZZ_ROUNDS` | how many rounds each target runs at least, however long that takes |
 //! | `VIRIDIAN_FUZZ_SEED` | the seed of its first round (default 1); each further round has the next one |
 //!
 //! For tests only: nothing of the product uses it, and it uses nothing of the product.
@@ -92,8 +93,13 @@ impl Rng {
 
 /// Growth of the process that is accepted: caches, and what is being taken apart on other threads.
 const MOST_GROWTH_MIB: u64 = 400;
+/// Growth of the address space that is accepted, at its peak: what a round asks for and gives back counts here. Threads
+/// take some of it for their stacks and heaps.
+const MOST_PEAK_MIB: u64 = 3000;
 /// Rounds that run however short the time is.
 const LEAST_ROUNDS: u64 = 20;
+/// How often a long run says how far it is.
+const REPORT: Duration = Duration::from_secs(300);
 
 /// A panic on any thread: those of devices are joined without a look at how they ended.
 static PANICKED: AtomicBool = AtomicBool::new(false);
@@ -114,9 +120,22 @@ pub fn rounds(name: &str, default: Duration, mut round: impl FnMut(&mut Rng)) ->
     });
     let begun = Instant::now();
     let time = number("VIRIDIAN_FUZZ_SECONDS").map_or(default, Duration::from_secs);
+    let least = number("VIRIDIAN_FUZZ_ROUNDS").unwrap_or(0).max(LEAST_ROUNDS);
     let first = number("VIRIDIAN_FUZZ_SEED").unwrap_or(1);
-    let (mut count, mut before) = (0u64, 0);
-    while count < LEAST_ROUNDS || begun.elapsed() < time {
+    let (mut count, mut before, mut reported) = (0u64, Use::default(), Duration::ZERO);
+    let say = |count: u64, before: &Use| {
+        let now = Use::now();
+        let (wall, busy) = (begun.elapsed().as_secs_f64(), now.busy.as_secs_f64());
+        let grown = now.resident_mib.saturating_sub(before.resident_mib);
+        let peak = now.peak_mib.saturating_sub(before.peak_mib);
+        println!(
+            "fuzz {name}: {count} rounds from seed {first} in {wall:.1} s ({busy:.1} s of the processor); \
+             {grown} MiB more resident, {peak} MiB more address space at the peak"
+        );
+        assert!(grown < MOST_GROWTH_MIB, "{name}: the process has grown by {grown} MiB in {count} rounds");
+        assert!(peak < MOST_PEAK_MIB, "{name}: the process asked for {peak} MiB in {count} rounds");
+    };
+    while count < least || begun.elapsed() < time {
         let seed = first.wrapping_add(count);
         let mut rng = Rng::new(seed);
         let result = catch_unwind(AssertUnwindSafe(|| round(&mut rng)));
@@ -127,13 +146,14 @@ pub fn rounds(name: &str, default: Duration, mut round: impl FnMut(&mut Rng)) ->
         count += 1;
         // By now everything that is made once has been made.
         if count == LEAST_ROUNDS {
-            before = resident_mib();
+            before = Use::now();
+        }
+        if count > LEAST_ROUNDS && begun.elapsed() - reported > REPORT {
+            reported = begun.elapsed();
+            say(count, &before);
         }
     }
-    let growth = resident_mib().saturating_sub(before);
-    let seconds = begun.elapsed().as_secs_f64();
-    println!("fuzz {name}: {count} rounds from seed {first} in {seconds:.1} s, {growth} MiB more resident");
-    assert!(growth < MOST_GROWTH_MIB, "{name}: the process has grown by {growth} MiB in {count} rounds");
+    say(count, &before);
     count
 }
 
@@ -143,10 +163,31 @@ fn number(name: &str) -> Option<u64> {
     Some(text.parse().unwrap_or_else(|_| panic!("{name}={text} is not a number")))
 }
 
-/// Memory of the process that is resident, MiB.
-fn resident_mib() -> u64 {
-    let text = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
-    text.split_whitespace().nth(1).and_then(|pages| pages.parse::<u64>().ok()).unwrap_or(0) / 256
+/// What the process uses.
+#[derive(Default)]
+struct Use {
+    /// Time on the processors, of all threads.
+    busy: Duration,
+    /// Memory that is there now.
+    resident_mib: u64,
+    /// The most address space that there has been.
+    peak_mib: u64,
+}
+
+impl Use {
+    fn now() -> Self {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let mib = |label: &str| {
+            let line = status.lines().find_map(|l| l.strip_prefix(label));
+            line.and_then(|l| l.split_whitespace().next()?.parse::<u64>().ok()).unwrap_or(0) / 1024
+        };
+        // proc(5): behind the name, which ends with the last bracket, the 12th and 13th fields are user and system
+        // time in hundredths of a second.
+        let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+        let fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace().skip(11).take(2);
+        let hundredths: u64 = fields.filter_map(|f| f.parse::<u64>().ok()).sum();
+        Self { busy: Duration::from_millis(hundredths * 10), resident_mib: mib("VmRSS:"), peak_mib: mib("VmPeak:") }
+    }
 }
 
 #[cfg(test)]

@@ -184,9 +184,12 @@ impl Guest {
     /// Writes raw bytes at an index of a ring, with wrap.
     pub fn copy(&self, vsc: &Vsc, at: u32, bytes: &[u8]) {
         let size = (vsc.pages as usize - 1) * PAGE;
-        for (i, byte) in bytes.iter().enumerate() {
-            let at = (at as usize + i) % size;
-            self.memory.write(self.field(vsc, false, (PAGE + at) as u64), &[*byte]).unwrap();
+        let mut at = at as usize % size;
+        let mut rest = bytes;
+        while !rest.is_empty() {
+            let (now, later) = rest.split_at(rest.len().min(size - at));
+            self.memory.write(self.field(vsc, false, (PAGE + at) as u64), now).unwrap();
+            (at, rest) = (0, later);
         }
     }
     /// Sends a packet as Linux does: `false` if the ring is full.
