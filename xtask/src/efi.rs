@@ -17,6 +17,17 @@ pub fn conformance() -> Result<PathBuf> {
     let mut cargo = Command::new(env!("CARGO"));
     // From its own folder, so that its own .cargo/config.toml (target, linker, code model) counts.
     cargo.current_dir(&folder).args(["build", "--release", "--locked", "--quiet", "--target-dir"]).arg(&target);
+    without_hosts_flags(&mut cargo);
+    let status = cargo.status().context("cannot run cargo for the conformance program")?;
+    ensure!(status.success(), "the conformance program does not build: run `cargo build` in {}", folder.display());
+    let elf = fs::read(target.join("x86_64-unknown-linux-gnu/release/viridian-conformance"))?;
+    let image = target.join("conformance.efi");
+    write_whole(&image, &to_pe(&elf)?)?;
+    Ok(image)
+}
+
+/// What cargo and the user have set for the host's code must not reach the guest's.
+pub fn without_hosts_flags(cargo: &mut Command) {
     for (name, _) in std::env::vars_os() {
         let text = name.to_string_lossy();
         let hosts = text.starts_with("CARGO_") && text != "CARGO_HOME" || text == "RUSTFLAGS";
@@ -24,12 +35,6 @@ pub fn conformance() -> Result<PathBuf> {
             cargo.env_remove(&name);
         }
     }
-    let status = cargo.status().context("cannot run cargo for the conformance program")?;
-    ensure!(status.success(), "the conformance program does not build: run `cargo build` in {}", folder.display());
-    let elf = fs::read(target.join("x86_64-unknown-linux-gnu/release/viridian-conformance"))?;
-    let image = target.join("conformance.efi");
-    write_whole(&image, &to_pe(&elf)?)?;
-    Ok(image)
 }
 
 /// Tests that run side by side may write the same file: each writes its own and renames it.

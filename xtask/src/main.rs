@@ -78,7 +78,7 @@ struct TestArgs {
     /// Duration of each fuzz target in seconds (two run at a time); 0 leaves the step out
     #[arg(long, default_value_t = 60)]
     fuzz_seconds: u32,
-    /// Run guest tests on the optimised binary
+    /// Run guest tests on the optimised binary, and fuzz targets optimised, with all checks
     #[arg(long)]
     release: bool,
     /// Multiply time limits, for slow or busy machines

@@ -24,34 +24,51 @@ pub struct Options {
     pub stress_seconds: u32,
     /// Duration of each fuzz target; 0 leaves them to the unit tests.
     pub fuzz_seconds: u32,
-    /// Run the optimised binary.
+    /// Run the optimised binary in guests' tests, and fuzz targets in the profile `fuzz`.
     pub release: bool,
     /// Factor on time limits.
     pub patience: u32,
 }
 
-/// A step that runs cargo on the workspace.
+/// A step that runs cargo on a workspace.
 struct Step {
     name: &'static str,
+    /// Folder of the workspace, from the root.
+    workspace: &'static str,
     arguments: &'static [&'static str],
 }
 
+/// What is built for the guest has a workspace of its own, with the guest's flags in `.cargo/config.toml`.
+const GUEST_LINTS: &[&str] =
+    &["clippy", "--quiet", "--release", "--locked", "--target-dir", "../../target/firmware", "--", "-D", "warnings"];
 const CHECKS: &[Step] = &[
-    Step { name: "format", arguments: &["fmt", "--all", "--check"] },
-    Step { name: "lints", arguments: &["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"] },
+    Step { name: "format", workspace: ".", arguments: &["fmt", "--all", "--check"] },
+    Step { name: "format-firmware", workspace: "firmware/uefi", arguments: &["fmt", "--check"] },
+    Step { name: "format-conformance", workspace: "firmware/conformance", arguments: &["fmt", "--check"] },
+    Step {
+        name: "lints",
+        workspace: ".",
+        arguments: &["clippy", "--quiet", "--workspace", "--all-targets", "--", "-D", "warnings"],
+    },
+    Step { name: "lints-firmware", workspace: "firmware/uefi", arguments: GUEST_LINTS },
+    Step { name: "lints-conformance", workspace: "firmware/conformance", arguments: GUEST_LINTS },
 ];
 const NEXTEST: Step = Step {
     name: "unit-tests",
+    workspace: ".",
     arguments: &["nextest", "run", "--workspace", "--no-fail-fast", "--status-level", "fail", "--hide-progress-bar"],
 };
 /// nextest leaves examples in documentation out.
-const EXAMPLES: Step = Step { name: "doc-examples", arguments: &["test", "--workspace", "--doc", "--quiet"] };
-const PLAIN: Step = Step { name: "unit-tests", arguments: &["test", "--workspace", "--no-fail-fast", "--quiet"] };
+const EXAMPLES: Step =
+    Step { name: "doc-examples", workspace: ".", arguments: &["test", "--workspace", "--doc", "--quiet"] };
+const PLAIN: Step =
+    Step { name: "unit-tests", workspace: ".", arguments: &["test", "--workspace", "--no-fail-fast", "--quiet"] };
 
 /// Every target that makes up its own input, for [`Options::fuzz_seconds`] each and two at a time; in `unit-tests` the same ones
 /// run for a few seconds. What is named here by test honours the variable as the `fuzz` binaries do.
 const FUZZ: Step = Step {
     name: "fuzz",
+    workspace: ".",
     arguments: &[
         "nextest",
         "run",
@@ -62,13 +79,18 @@ const FUZZ: Step = Step {
         "--hide-progress-bar",
         "--test-threads",
         "2",
+        "--success-output",
+        "immediate",
         "--filterset",
         "binary(fuzz) + binary(hostile) + binary(hostile_code) + test(/hostile::|random_commands_are_answered/)",
     ],
 };
 /// The most of them, without nextest.
-const PLAIN_FUZZ: Step =
-    Step { name: "fuzz", arguments: &["test", "--workspace", "--test", "fuzz", "--test", "hostile_code", "--quiet"] };
+const PLAIN_FUZZ: Step = Step {
+    name: "fuzz",
+    workspace: ".",
+    arguments: &["test", "--workspace", "--test", "fuzz", "--test", "hostile_code", "--quiet"],
+};
 
 /// What must be left of the host's memory beside a guest's.
 const HOST_RESERVE_MIB: u32 = 1024;
@@ -152,10 +174,20 @@ fn has_nextest() -> bool {
 /// Runs one step, passes its output on, and counts the tests that its own summaries speak of; a step without a
 /// summary is one test.
 fn run_step(step: &Step, options: &Options) -> Result<Tally> {
-    println!("{}: cargo {}", step.name, step.arguments.join(" "));
+    let mut arguments = step.arguments.to_vec();
+    let fuzz = step.name == FUZZ.name;
+    if fuzz && options.release {
+        let option = if arguments[0] == "nextest" { "--cargo-profile" } else { "--profile" };
+        let at = arguments.iter().position(|a| *a == "--workspace").expect("both forms have it");
+        arguments.splice(at..at, [option, "fuzz"]);
+    }
+    println!("{}: cargo {}", step.name, arguments.join(" "));
     let started = Instant::now();
     let mut command = Command::new(env!("CARGO"));
-    if step.name == FUZZ.name {
+    if step.workspace != "." {
+        crate::efi::without_hosts_flags(&mut command);
+    }
+    if fuzz {
         command.env("VIRIDIAN_FUZZ_SECONDS", options.fuzz_seconds.to_string());
     }
     if [NEXTEST.name, FUZZ.name].contains(&step.name) {
@@ -176,8 +208,8 @@ fn run_step(step: &Step, options: &Options) -> Result<Tally> {
         }
     }
     let mut child = command
-        .args(step.arguments)
-        .current_dir(crate::workspace_root())
+        .args(&arguments)
+        .current_dir(crate::workspace_root().join(step.workspace))
         .stdin(Stdio::null())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())

@@ -40,7 +40,7 @@ impl Map {
         }
     }
     pub fn count(&self) -> usize {
-        if self.step == 0 { 0 } else { self.size / self.step }
+        self.size.checked_div(self.step).unwrap_or(0)
     }
     pub fn raw(&self) -> (*mut u8, usize, usize) {
         (self.at, self.size, self.step)

@@ -1,7 +1,6 @@
 //! The configuration blob (see `crates/bios/src/blob.rs`, which writes it).
 
 use alloc::string::String;
-use alloc::vec::Vec;
 use core::slice;
 use uefi_core::bytes::{u32_at, u64_at};
 
@@ -10,13 +9,10 @@ pub const BLOB: u64 = 0x70_9000;
 /// Largest blob.
 const MAX_BLOB: u32 = 0x20_0000;
 
-/// Record types.
+/// Record types: those of them that the firmware reads.
 pub mod kind {
     pub const MEMORY_MAP: u32 = 0x03;
-    pub const ENTROPY: u32 = 0x04;
     pub const FLAGS: u32 = 0x12;
-    pub const PROCESSOR_INFORMATION: u32 = 0x13;
-    pub const MMIO_RANGES: u32 = 0x14;
     pub const ACPI_TABLE: u32 = 0x16;
     pub const SMBIOS: u32 = 0x5600_0002;
     pub const FRAME_BUFFER: u32 = 0x5600_0000;
@@ -24,12 +20,10 @@ pub mod kind {
     pub const BOOT_FIRST: u32 = 0x5600_0003;
 }
 
-/// Flags of [`kind::FLAGS`].
+/// Flags of [`kind::FLAGS`]: those that the firmware heeds.
 pub mod flags {
     pub const SERIAL: u64 = 1 << 0;
     pub const PAUSE_AFTER_BOOT_FAILURE: u64 = 1 << 1;
-    pub const CONSOLE_MODE_SHIFT: u32 = 7;
-    pub const DEFAULT_BOOT_ALWAYS_ATTEMPT: u64 = 1 << 15;
 }
 
 /// Bytes of the blob, rounded up to pages.
@@ -78,12 +72,6 @@ pub fn flags() -> u64 {
 pub fn memory_ranges() -> impl Iterator<Item = (u64, u64, u32)> {
     let map = record(kind::MEMORY_MAP).unwrap_or(&[]);
     map.chunks_exact(24).filter_map(|r| Some((u64_at(r, 0)?, u64_at(r, 8)?, u32_at(r, 16)?))).filter(|r| r.1 != 0)
-}
-
-/// MMIO ranges: address, bytes.
-pub fn mmio_ranges() -> Vec<(u64, u64)> {
-    let d = record(kind::MMIO_RANGES).unwrap_or(&[]);
-    d.chunks_exact(16).filter_map(|r| Some((u64_at(r, 0)? << 12, u64_at(r, 8)? << 12))).collect()
 }
 
 /// A record that holds a terminated string.

@@ -47,7 +47,7 @@ impl Volume {
         // A unit attention or two may wait; then the unit is ready or has no medium.
         let ready = (0..10).any(|_| match unit.command(&[0; 6], Data::None, &mut []) {
             Ok(_) => true,
-            Err(ScsiError::Sense(2, 0x3a, _)) => false,
+            Err(ScsiError::Sense(2, 0x3a)) => false,
             Err(_) => {
                 crate::arch::stall(1000);
                 false
@@ -130,9 +130,9 @@ impl Volume {
                 match r {
                     Ok(_) => break,
                     // Unit attention: something happened; ask again, unless it was the medium.
-                    Err(ScsiError::Sense(6, 0x28, _)) if self.removable => return Err(BlockError::MediaChanged),
+                    Err(ScsiError::Sense(6, 0x28)) if self.removable => return Err(BlockError::MediaChanged),
                     Err(ScsiError::Sense(6, ..)) if tries < 3 => tries += 1,
-                    Err(ScsiError::Sense(2, 0x3a, _)) => return Err(BlockError::NoMedia),
+                    Err(ScsiError::Sense(2, 0x3a)) => return Err(BlockError::NoMedia),
                     Err(ScsiError::Sense(7, ..)) => return Err(BlockError::WriteProtected),
                     Err(_) => return Err(BlockError::Device),
                 }

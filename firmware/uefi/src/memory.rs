@@ -176,7 +176,7 @@ pub fn allocate(placement: Placement, kind: u32, pages: u64) -> Result<u64, Stat
                 return Ok(start);
             }
             Placement::Below(last) => last.saturating_add(1) & !(PAGE - 1),
-            Placement::Any => u64::MAX & !(PAGE - 1),
+            Placement::Any => !(PAGE - 1),
         };
         // From the top down, so that low memory stays for those who need it; but first below 4 GiB, where every
         // loader can reach.

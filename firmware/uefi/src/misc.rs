@@ -18,7 +18,9 @@ fn of(g: &efi::Guid) -> Guid {
 
 /// Installs them all.
 pub fn init() {
-    let install = |g: Guid, p: *mut c_void| drop(handle::install(null_mut(), &g, p));
+    let install = |g: Guid, p: *mut c_void| {
+        let _ = handle::install(null_mut(), &g, p);
+    };
     install(of(&rng::PROTOCOL_GUID), leak(rng::Protocol { get_info: rng_info, get_rng: rng_get }).cast());
     install(
         of(&device_path_to_text::PROTOCOL_GUID),

@@ -46,15 +46,15 @@ pub fn init(top: u64) {
     };
     (0..pages).for_each(|p| (0..512).for_each(|i| put(p, i, 0)));
     for g in 0..pdpts {
-        put(0, g, base + (1 + g) * PAGE | PRESENT | WRITE);
+        put(0, g, (base + (1 + g) * PAGE) | PRESENT | WRITE);
     }
     for g in 0..gigabytes {
         if large {
-            put(1 + g / 512, g % 512, g * GIB | LARGE | PRESENT | WRITE);
+            put(1 + g / 512, g % 512, (g * GIB) | LARGE | PRESENT | WRITE);
         } else {
             let directory = 1 + pdpts + g;
-            put(1 + g / 512, g % 512, base + directory * PAGE | PRESENT | WRITE);
-            (0..512).for_each(|i| put(directory, i, g * GIB + (i << 21) | LARGE | PRESENT | WRITE));
+            put(1 + g / 512, g % 512, (base + directory * PAGE) | PRESENT | WRITE);
+            (0..512).for_each(|i| put(directory, i, (g * GIB + (i << 21)) | LARGE | PRESENT | WRITE));
         }
     }
     TOP.store(gigabytes * GIB, Ordering::Relaxed);
@@ -120,7 +120,7 @@ fn entry(address: u64, split: bool) -> Result<(*mut u64, u64), Status> {
         let first = value & ADDRESS & !((1 << shift) - 1);
         for i in 0..512 {
             // SAFETY: the page was just allocated for this.
-            unsafe { table(new).add(i).write(first + i as u64 * part | bits) };
+            unsafe { table(new).add(i).write((first + i as u64 * part) | bits) };
         }
         // SAFETY: inside the table. What is protected is protected below.
         unsafe { e.write(new | PRESENT | WRITE) };

@@ -120,7 +120,7 @@ pub fn enter() {
 const MAX_NAME: usize = 1024;
 
 /// A name that a caller passes, without its terminator, into a buffer of the callee's stack.
-fn name<'a>(p: *const Char16, buffer: &'a mut [u16; MAX_NAME]) -> Result<&'a [u16], Status> {
+fn name(p: *const Char16, buffer: &mut [u16; MAX_NAME]) -> Result<&[u16], Status> {
     if p.is_null() {
         return Err(Status::INVALID_PARAMETER);
     }
@@ -369,7 +369,7 @@ unsafe extern "efiapi" fn set_time(time: *mut Time) -> Status {
     }
     let on = arch::interrupts_off();
     let mode = cmos(0x0b);
-    let b = |v: u8| if mode & 4 == 0 { (v / 10) << 4 | v % 10 } else { v };
+    let b = |v: u8| if mode & 4 == 0 { ((v / 10) << 4) | (v % 10) } else { v };
     let hour = match (mode & 2 != 0, t.hour) {
         (true, h) => b(h),
         (false, h) => b(if h % 12 == 0 { 12 } else { h % 12 }) | if h >= 12 { 0x80 } else { 0 },

@@ -204,8 +204,10 @@ pub fn init() {
 
 /// Computes the tables' checksums, after every change.
 pub fn seal() {
-    // SAFETY: the tables are plain memory of the sizes that their headers say.
+    /// # Safety
+    /// The table is plain memory of the size that its header says.
     unsafe fn one(header: *mut TableHeader) {
+        // SAFETY: the caller's promise.
         unsafe {
             (*header).crc32 = 0;
             let bytes = slice::from_raw_parts(header.cast::<u8>(), (*header).header_size as usize);
@@ -812,7 +814,9 @@ unsafe extern "efiapi" fn install_multiple(args: *const usize) -> Status {
         match handle::install(h, g, *i) {
             Ok(new) => h = new,
             Err(s) => {
-                list[..n].iter().for_each(|(g, i)| drop(handle::uninstall(h, g, *i)));
+                for (g, i) in &list[..n] {
+                    let _ = handle::uninstall(h, g, *i);
+                }
                 return s;
             }
         }
@@ -826,7 +830,9 @@ unsafe extern "efiapi" fn uninstall_multiple(args: *const usize) -> Status {
     let (h, list) = unsafe { (*args as efi::Handle, pairs(args.add(1))) };
     for (n, (g, i)) in list.iter().enumerate() {
         if handle::uninstall(h, g, *i).is_err() {
-            list[..n].iter().for_each(|(g, i)| drop(handle::install(h, g, *i)));
+            for (g, i) in &list[..n] {
+                let _ = handle::install(h, g, *i);
+            }
             return Status::INVALID_PARAMETER;
         }
     }

@@ -1,7 +1,6 @@
 //! Serial I/O (UEFI 2.10, section 12.8) on COM1, which the console uses too: what a program reads here the console does not get.
 
-use super::serial;
-use crate::arch::{in8, out8};
+use super::serial::{self, get, put, register};
 use crate::cell::Global;
 use crate::image::bytes_of;
 use crate::tables::{DEVICE_PATH, leak};
@@ -33,17 +32,6 @@ mod control {
     pub const HARDWARE_LOOPBACK: u32 = 0x1000;
     /// What a caller may set.
     pub const SETTABLE: u32 = DATA_TERMINAL_READY | REQUEST_TO_SEND | HARDWARE_LOOPBACK;
-}
-
-/// Registers, from [`serial::BASE`].
-mod register {
-    pub const DIVISOR_LOW: u16 = 0;
-    pub const DIVISOR_HIGH: u16 = 1;
-    pub const FIFO_CONTROL: u16 = 2;
-    pub const LINE_CONTROL: u16 = 3;
-    pub const MODEM_CONTROL: u16 = 4;
-    pub const LINE_STATUS: u16 = 5;
-    pub const MODEM_STATUS: u16 = 6;
 }
 
 /// `EFI_SERIAL_IO_MODE`.
@@ -108,13 +96,6 @@ fn path(mode: &Mode) -> DevicePath {
     d[4..12].copy_from_slice(&mode.baud_rate.to_le_bytes());
     (d[12], d[13], d[14]) = (mode.data_bits as u8, mode.parity as u8, mode.stop_bits as u8);
     port.with(3, 14, &d)
-}
-
-fn put(register: u16, value: u8) {
-    out8(serial::BASE + register, value);
-}
-fn get(register: u16) -> u8 {
-    in8(serial::BASE + register)
 }
 
 /// Programs the line as the mode says.
@@ -255,7 +236,7 @@ unsafe extern "efiapi" fn write(this: *mut SerialIo, size: *mut usize, data: *mu
                 size.write_unaligned(i);
                 return Status::TIMEOUT;
             }
-            put(0, *data.cast::<u8>().add(i));
+            put(register::DATA, *data.cast::<u8>().add(i));
         }
     }
     Status::SUCCESS
@@ -276,7 +257,7 @@ unsafe extern "efiapi" fn read(this: *mut SerialIo, size: *mut usize, data: *mut
                 size.write_unaligned(i);
                 return Status::TIMEOUT;
             }
-            data.cast::<u8>().add(i).write(get(0));
+            data.cast::<u8>().add(i).write(get(register::DATA));
         }
     }
     Status::SUCCESS

@@ -23,15 +23,17 @@ pub use keyboard::poll as poll_keyboard;
 #[repr(C, align(4096))]
 struct Page([u8; 4096]);
 impl Page {
-    const NEW: Global<Page> = Global::new(Page([0; 4096]));
+    const fn new() -> Global<Page> {
+        Global::new(Page([0; 4096]))
+    }
 }
 
-static HYPERCALL: Global<Page> = Page::NEW;
-static INPUT: Global<Page> = Page::NEW;
-static MESSAGES: Global<Page> = Page::NEW;
-static EVENTS: Global<Page> = Page::NEW;
-static INTERRUPTS: Global<Page> = Page::NEW;
-static MONITOR: [Global<Page>; 2] = [Page::NEW, Page::NEW];
+static HYPERCALL: Global<Page> = Page::new();
+static INPUT: Global<Page> = Page::new();
+static MESSAGES: Global<Page> = Page::new();
+static EVENTS: Global<Page> = Page::new();
+static INTERRUPTS: Global<Page> = Page::new();
+static MONITOR: [Global<Page>; 2] = [Page::new(), Page::new()];
 
 fn address(page: &Global<Page>) -> u64 {
     page.with(|p| p as *mut Page as u64)

@@ -29,8 +29,8 @@ static CONTROLLERS: Global<Vec<Controller>> = Global::new(Vec::new());
 /// Result of a SCSI command.
 #[derive(Debug)]
 pub enum ScsiError {
-    /// CHECK CONDITION: sense key, ASC, ASCQ.
-    Sense(u8, u8, u8),
+    /// CHECK CONDITION: sense key and ASC.
+    Sense(u8, u8),
     /// The unit is not there.
     NoUnit,
     /// Something else.
@@ -135,7 +135,7 @@ impl Controller {
         match (a.srb, a.status) {
             (srb::SUCCESS, 0) => Ok(a.transferred),
             (srb::INVALID_LUN, _) => Err(ScsiError::NoUnit),
-            (_, 2) => Err(ScsiError::Sense(a.sense[2] & 15, a.sense[12], a.sense[13])),
+            (_, 2) => Err(ScsiError::Sense(a.sense[2] & 15, a.sense[12])),
             _ => Err(ScsiError::Failed),
         }
     }
