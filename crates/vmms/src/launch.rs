@@ -167,7 +167,13 @@ fn prepare(vm: &Vm, log: &Arc<Log>, started: Instant) -> std::result::Result<Run
     record.start_ticks = start_ticks(record.pid).unwrap_or(0);
     let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     match limits::apply(Path::new(limits::CGROUPS), limits::own_group(&own), vm.id(), &config.processor) {
-        Ok(group) => record.cgroup = group,
+        Ok(group) => {
+            if let Some(group) = &group {
+                // Without it the group would only stay for longer.
+                let _ = crate::atomic::write(&vm.group_path(), group.as_os_str().as_encoded_bytes(), false);
+            }
+            record.cgroup = group;
+        }
         Err(why) => {
             log.events.note("limits-missing", &format!("processor weight and cap are not in force: {why}"));
             record.unlimited.push(format!("processor weight and cap: {why}"));

@@ -10,6 +10,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
 use std::io::{BufRead, BufReader};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
@@ -80,6 +81,7 @@ impl Vm {
     /// its death goes to the event log.
     pub fn status(&self, patience: Duration) -> Status {
         let Some(record) = Record::read(self) else {
+            self.remove_group();
             return Status { state: self.state_without_worker(), record: None, machine: None, trouble: None };
         };
         if !atomic::is_held(&self.worker_lock_path()) {
@@ -89,8 +91,10 @@ impl Vm {
             }
             let (_, message) = record.obituary();
             // A command that is starting it holds the lock, and deals with what was before.
-            if let Ok(Some(_lock)) = self.try_lock() {
+            if let Ok(Some(lock)) = self.try_lock() {
                 self.bury();
+                drop(lock);
+                self.remove_group();
             }
             return Status { state: self.state_without_worker(), record: None, machine: None, trouble: Some(message) };
         }
@@ -113,12 +117,21 @@ impl Vm {
         }
         let (event, message) = record.obituary();
         self.events().note(event, &message);
-        if let Some(group) = &record.cgroup {
-            limits::remove(group);
-        }
         let _ = std::fs::remove_file(self.socket_path());
         let _ = std::fs::remove_file(self.partial_state_path());
         let _ = std::fs::remove_file(self.record_path());
+    }
+
+    /// Removes the control group of a worker that has ended, if it had one.
+    fn remove_group(&self) {
+        let path = self.group_path();
+        let Ok(bytes) = std::fs::read(&path) else { return };
+        // A command that is starting the VM holds the lock: its worker has the group again.
+        let Ok(Some(_lock)) = self.try_lock() else { return };
+        let group = Path::new(std::ffi::OsStr::from_bytes(&bytes));
+        if !atomic::is_held(&self.worker_lock_path()) && limits::remove(group, self.id()) {
+            let _ = std::fs::remove_file(&path);
+        }
     }
 
     /// An error that says that the state does not allow something.

@@ -50,7 +50,7 @@ fn below(parent: &Path, id: Uuid, processor: &Processor) -> Result<PathBuf, Stri
             return Err(format!("{}: no controller for processors there", parent.display()));
         }
     }
-    let group = parent.join(format!("viridian-{id}"));
+    let group = parent.join(name_of(id));
     match std::fs::create_dir(&group) {
         Err(e) if e.kind() != std::io::ErrorKind::AlreadyExists => return Err(format!("{}: {e}", group.display())),
         _ => {}
@@ -76,9 +76,16 @@ fn quota(processor: &Processor) -> String {
     }
 }
 
-/// Removes the group of a worker that has ended. A group with processes stays.
-pub fn remove(group: &Path) {
-    let _ = std::fs::remove_dir(group);
+/// Removes the group of the VM's worker, which has ended. `false`: it is still there, as it stays while a process is in it.
+/// (What is not named as such a group is left alone, whatever a file says.)
+pub fn remove(group: &Path, id: Uuid) -> bool {
+    let named = group.file_name().is_some_and(|name| name == name_of(id).as_str());
+    let gone = |e: std::io::Error| e.kind() == std::io::ErrorKind::NotFound;
+    !named || std::fs::remove_dir(group).map_or_else(gone, |()| true)
+}
+
+fn name_of(id: Uuid) -> String {
+    format!("viridian-{id}")
 }
 
 /// The host's processors for the VPs: VP `i` has the `i`-th, in turn. Empty where the scheduler chooses. `available` are
@@ -134,6 +141,13 @@ mod tests {
         let read = |name: &str| std::fs::read_to_string(group.join(name)).unwrap();
         assert_eq!((read("cpu.weight"), read("cpu.max")), ("50".into(), "50000 100000".into()));
         assert_eq!(read("cgroup.procs"), std::process::id().to_string());
+        // The files of a real hierarchy do not keep a folder from being removed.
+        assert!(!remove(&group, id), "something is in it");
+        assert!(remove(&group, Uuid::new_v4()) && group.exists(), "another VM's group");
+        std::fs::remove_dir_all(&group).unwrap();
+        std::fs::create_dir(&group).unwrap();
+        assert!(remove(&group, id) && !group.exists());
+        assert!(remove(&group, id), "it is gone");
         let only_weight = Processor { weight: 200, ..Processor::default() };
         assert!(quota(&only_weight).starts_with("max "));
     }

@@ -97,6 +97,11 @@ impl Vm {
         self.state_folder().join("worker.json")
     }
 
+    /// Which control group its worker has, or had: a process cannot remove the group that it is in.
+    pub(crate) fn group_path(&self) -> PathBuf {
+        self.state_folder().join("worker.group")
+    }
+
     pub(crate) fn worker_lock_path(&self) -> PathBuf {
         self.folder.join("worker.lock")
     }

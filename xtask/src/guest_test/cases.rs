@@ -59,6 +59,8 @@ pub struct Boot {
     pub host_tools: &'static [&'static str],
     /// Tool of the catalogue with the guest's shell and small commands.
     pub busybox: &'static str,
+    /// The image has the program under test, too, and [`nested::SPINNING`], a guest for it.
+    pub nested: bool,
     /// Counters of `--stats` with the least value at the end.
     pub counters: &'static [(&'static str, u64)],
 }
@@ -132,6 +134,7 @@ impl Boot {
             on_disk: false,
             host_tools: &[],
             busybox: busybox_for(kernel),
+            nested: false,
             counters: &[],
         }
     }
@@ -408,6 +411,17 @@ pub fn all(long_seconds: u32) -> Vec<Case> {
     );
     life.viridian_only = true;
     cases.push(life);
+    let mut limits = boot(
+        "vm/limits",
+        Boot {
+            nested: true,
+            memory_mib: 1024,
+            seconds: 600,
+            ..Boot::new("trixie-cloud", 2, "quiet viridian.test=limits")
+        },
+    );
+    limits.viridian_only = true;
+    cases.push(limits);
     let stress = |seconds: u32| Boot {
         programs: STRESS,
         seconds: 300 + 6 * seconds,

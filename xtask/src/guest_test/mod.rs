@@ -6,6 +6,7 @@ mod firmware;
 mod hosted;
 mod hyperv;
 mod life;
+mod nested;
 mod special;
 mod usage;
 
@@ -142,7 +143,11 @@ fn run_case(case: &Case, bench: &Bench) -> Result<()> {
         }
         Work::Boot(boot) => {
             let kernel = bench.guests.kernel(boot.kernel)?;
-            let initrd = initramfs::build(bench.guests, &kernel, &boot.contents())?;
+            let mut contents = boot.contents();
+            if boot.nested {
+                nested::add(&mut contents, bench.contender)?;
+            }
+            let initrd = initramfs::build(bench.guests, &kernel, &contents)?;
             let vm = Vm {
                 kernel: kernel.image,
                 initrd,

@@ -16,7 +16,7 @@ use sha2::{Digest, Sha256};
 use std::fmt::Write as _;
 use std::fs;
 use std::io::Write as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const INIT: &str = include_str!("init.sh");
@@ -34,6 +34,8 @@ pub struct Contents {
     pub folders: Vec<(String, String)>,
     /// Folder of the image below which programs and folders go; the root when empty.
     pub under: String,
+    /// A program of the host with its libraries, as `usr/bin/viridian` of the image.
+    pub nested: Option<PathBuf>,
     /// Files of our own: path, permission bits, contents.
     pub files: Vec<(String, u32, Vec<u8>)>,
     /// Tool of the catalogue that the shell and the small commands come from; empty: `busybox`.
@@ -76,6 +78,12 @@ fn add_contents(archive: &mut Archive, guests: &Guests, contents: &Contents) -> 
     }
     for (tool, path) in &contents.programs {
         programs::add_program(archive, &contents.under, &guests.tool(tool), path)?;
+    }
+    if let Some(path) = &contents.nested {
+        let path = path.canonicalize().with_context(|| format!("cannot find {}", path.display()))?;
+        let inside = path.strip_prefix("/").ok().and_then(Path::to_str).context("a program with a path of text")?;
+        programs::add_program(archive, "", Path::new("/"), inside)?;
+        archive.link("usr/bin/viridian", &format!("/{inside}"));
     }
     for (path, mode, data) in &contents.files {
         archive.file(path, *mode, data.clone());
