@@ -20,6 +20,7 @@ mod connect;
 mod failure;
 mod guest;
 mod host;
+mod options;
 mod progress;
 mod run;
 mod screen;

@@ -1,5 +1,6 @@
 //! `viridian run`: one machine, in this process, on this terminal.
 
+use crate::options::{EngineArg, OnOff};
 use bios::templates::Template;
 use clap::{Args as ClapArgs, ValueEnum};
 use machine::{BootSource, IoLimits, MachineConfig, StorageUnit, UnitKind};
@@ -11,7 +12,7 @@ use std::time::Instant;
 use vmms::size;
 use worker::firmware::FirmwareOptions;
 use worker::sandbox::Files;
-use worker::{EngineChoice, Outcome, RunOptions, SerialTarget, Start};
+use worker::{Outcome, RunOptions, SerialTarget, Start};
 use x86::cpuid::CpuModel;
 
 /// Arguments.
@@ -121,19 +122,6 @@ fn boot_first(text: &str) -> Result<String, String> {
 }
 
 #[derive(Clone, Copy, ValueEnum)]
-enum EngineArg {
-    Auto,
-    Soft,
-    Kvm,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum OnOff {
-    On,
-    Off,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
 enum TranslateArg {
     On,
     Off,
@@ -155,7 +143,7 @@ pub fn run(args: Args, started: Instant) -> ExitCode {
             memory_bytes: args.memory,
             processors: args.processors,
             cpu_model: args.cpu_model.unwrap_or_else(vmms::config::default_model),
-            hyperv: args.hyperv.unwrap_or(if storage.is_empty() { OnOff::Off } else { OnOff::On }) == OnOff::On,
+            hyperv: args.hyperv.map_or(!storage.is_empty(), OnOff::is_on),
             boot: BootSource::Kernel { kernel, initrd: args.initrd, command_line: args.append },
             storage,
         }),
@@ -164,7 +152,7 @@ pub fn run(args: Args, started: Instant) -> ExitCode {
             memory_bytes: args.memory,
             processors: args.processors,
             cpu_model: args.cpu_model.unwrap_or_else(vmms::config::default_model),
-            hyperv: args.hyperv.unwrap_or(OnOff::On) == OnOff::On,
+            hyperv: args.hyperv.is_none_or(OnOff::is_on),
             boot: BootSource::Firmware {
                 name: "This machine".into(),
                 pause_after_failure: args.boot_failure == BootFailure::Wait,
@@ -214,16 +202,12 @@ pub fn run(args: Args, started: Instant) -> ExitCode {
     };
     let options = RunOptions {
         start,
-        engine: match args.engine {
-            EngineArg::Auto => EngineChoice::Auto,
-            EngineArg::Soft => EngineChoice::Soft,
-            EngineArg::Kvm => EngineChoice::Kvm,
-        },
-        engine_options: EngineOptions { translate, direct: args.direct == OnOff::On, ..EngineOptions::default() },
+        engine: args.engine.into(),
+        engine_options: EngineOptions { translate, direct: args.direct.is_on(), ..EngineOptions::default() },
         firmware: FirmwareOptions {
             variables,
             template: args.secure_boot_template,
-            secure_boot: args.secure_boot == OnOff::On,
+            secure_boot: args.secure_boot.is_on(),
         },
         serial: args.serial,
         control,

@@ -6,7 +6,7 @@ use crate::bus::*;
 use partition::{Gpa, GuestMemory, VpIndex};
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use tlfs::{EventPort, MessagePort};
 use vmbus_protocol::message::{self as msg, Header, kind};
@@ -28,30 +28,37 @@ pub struct FakeSynic {
     pub changed: Condvar,
 }
 
+impl FakeSynic {
+    /// What is wired; whether a test that held it has failed does not matter to those that clean up after it.
+    pub fn wires(&self) -> MutexGuard<'_, Wires> {
+        self.wires.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
 impl Synic for FakeSynic {
     fn post_message(&self, vp: VpIndex, sint: u8, payload: Vec<u8>) -> bool {
         assert!(payload.len() <= 240);
-        self.wires.lock().unwrap().messages.push_back((vp, sint, payload));
+        self.wires().messages.push_back((vp, sint, payload));
         self.changed.notify_all();
         true
     }
     fn clear_messages(&self, vp: VpIndex, sint: u8) {
-        self.wires.lock().unwrap().messages.retain(|m| (m.0, m.1) != (vp, sint));
+        self.wires().messages.retain(|m| (m.0, m.1) != (vp, sint));
     }
     fn signal_event(&self, vp: VpIndex, sint: u8, flag: u16) -> bool {
-        self.wires.lock().unwrap().events.push((vp, sint, flag));
+        self.wires().events.push((vp, sint, flag));
         self.changed.notify_all();
         true
     }
     fn set_message_port(&self, connection: u32, port: Option<Arc<dyn MessagePort>>) {
-        let ports = &mut self.wires.lock().unwrap().message_ports;
+        let ports = &mut self.wires().message_ports;
         match port {
             Some(port) => ports.insert(connection, port),
             None => ports.remove(&connection),
         };
     }
     fn set_event_port(&self, connection: u32, port: Option<(Arc<dyn EventPort>, u16)>) {
-        let ports = &mut self.wires.lock().unwrap().event_ports;
+        let ports = &mut self.wires().event_ports;
         match port {
             Some((port, _)) => ports.insert(connection, port),
             None => ports.remove(&connection),
@@ -82,17 +89,23 @@ impl Guest {
         self.post_bytes(message.as_bytes());
     }
     pub fn post_bytes(&self, bytes: &[u8]) {
-        let port = self.synic.wires.lock().unwrap().message_ports[&4].clone();
+        let port = self.synic.wires().message_ports[&4].clone();
         while port.post(0, 1, bytes).is_err() {
             std::thread::yield_now();
         }
     }
     pub fn message(&self) -> Vec<u8> {
-        let wires = self.synic.wires.lock().unwrap();
-        let (mut wires, timeout) =
-            self.synic.changed.wait_timeout_while(wires, WAIT, |w| w.messages.is_empty()).unwrap();
-        assert!(!timeout.timed_out(), "no message came");
-        wires.messages.pop_front().unwrap().2
+        let mut wires = self.synic.wires();
+        // In slices: a process that is stopped for a while has not waited.
+        for _ in 0..100 {
+            if let Some(message) = wires.messages.pop_front() {
+                return message.2;
+            }
+            let waited = self.synic.changed.wait_timeout_while(wires, WAIT / 100, |w| w.messages.is_empty());
+            wires = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
+        drop(wires);
+        panic!("no message came");
     }
     pub fn expect<T: FromBytes + KnownLayout + Immutable>(&self, kind: u32) -> T {
         let message = self.message();
@@ -167,7 +180,7 @@ impl Guest {
         result.status
     }
     pub fn signal(&self, connection: u32) {
-        let port = self.synic.wires.lock().unwrap().event_ports.get(&connection).cloned();
+        let port = self.synic.wires().event_ports.get(&connection).cloned();
         if let Some(port) = port {
             port.signal(0);
         }
@@ -270,7 +283,7 @@ impl Guest {
         }
     }
     pub fn take_events(&self) -> Vec<(VpIndex, u8, u16)> {
-        std::mem::take(&mut self.synic.wires.lock().unwrap().events)
+        std::mem::take(&mut self.synic.wires().events)
     }
 }
 

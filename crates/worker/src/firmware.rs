@@ -65,6 +65,7 @@ type Request = (PathBuf, Vec<u8>, Sender<std::io::Result<()>>);
 fn writer(confined: bool) -> std::io::Result<nvram::Save> {
     let (sender, requests) = channel::<Request>();
     std::thread::Builder::new().name("variables".into()).spawn(move || {
+        crate::run::leave_signals_to_others();
         let mut unfiltered = confined;
         for (path, bytes, answer) in requests {
             // Not earlier: the filters of the whole process come first, and guests make requests only after that.

@@ -18,6 +18,7 @@ use machine::machine::{Base, Parts};
 use machine::save::{self, Header};
 use machine::vcpu::VpStarted;
 use machine::{BootSource, Event, GuestInterface, Machine, MachineConfig, MachineError, Serial, StorageUnit};
+use nix::sys::signal::{SigSet, Signal};
 use partition::{EngineError, EngineOptions};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 use std::fs::File;
@@ -399,6 +400,7 @@ fn vp_started(options: &RunOptions, processes: bool) -> Option<VpStarted> {
                 tracing::warn!("virtual processor {vp} cannot be bound to the host's processor {processor}: {error}");
             }
         }
+        leave_signals_to_others();
         if confine && let Err(error) = sandbox::filter_vp(processes) {
             tracing::warn!("seccomp for virtual processor {vp}: {error}");
         }
@@ -650,10 +652,21 @@ fn check_host_memory(bytes: u64) -> Result<(), WorkerError> {
     Ok(())
 }
 
+/// What the run loop hears of.
+const SIGNALS: [i32; 6] = [SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2];
+
+/// The kernel gives a process's signal to any thread that takes it, and the handler then writes to a socket. A thread that
+/// may not do that would lose the signal: so it takes none, and the threads that it makes do not either.
+pub(crate) fn leave_signals_to_others() {
+    let set: SigSet = SIGNALS.iter().filter_map(|s| Signal::try_from(*s).ok()).collect();
+    if let Err(error) = set.thread_block() {
+        tracing::warn!("signals stay with a thread that cannot report them: {error}");
+    }
+}
+
 fn catch_signals(sender: Sender<Wake>) -> Result<(), WorkerError> {
     let host = |source| WorkerError::Host { what: "catching signals", source };
-    let signals = [SIGINT, SIGTERM, SIGHUP, SIGQUIT, SIGUSR1, SIGUSR2];
-    let mut signals = signal_hook::iterator::Signals::new(signals).map_err(host)?;
+    let mut signals = signal_hook::iterator::Signals::new(SIGNALS).map_err(host)?;
     let thread = std::thread::Builder::new().name("signals".into());
     thread
         .spawn(move || {

@@ -2,10 +2,12 @@
 
 use super::target::absolute;
 use crate::failure::{Failure, Outcome, print_json};
+use crate::options::{EngineArg, OnOff};
 use crate::table;
-use clap::{Args as ClapArgs, Subcommand, ValueEnum};
+use bios::templates::Template;
+use clap::{Args as ClapArgs, Subcommand};
 use std::path::PathBuf;
-use vmms::config::{Affinity, AffinityRule, Engine, Kernel, Size, VmConfig};
+use vmms::config::{Affinity, AffinityRule, Kernel, Size, VmConfig};
 use vmms::{Store, Vm, size};
 
 /// What may be set at the start of a VM's life, and later.
@@ -23,19 +25,6 @@ pub struct Settings {
     /// Whatever you want to remember of it
     #[arg(long, value_name = "TEXT")]
     notes: Option<String>,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum EngineArg {
-    Auto,
-    Soft,
-    Kvm,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum OnOff {
-    On,
-    Off,
 }
 
 #[derive(ClapArgs, Default)]
@@ -74,7 +63,7 @@ pub struct FirmwareSettings {
     secure_boot: Option<OnOff>,
     /// Keys of the first start: microsoft, windows, uefi-ca, none, or a file of PEM certificates
     #[arg(long, value_name = "NAME")]
-    secure_boot_template: Option<String>,
+    secure_boot_template: Option<Template>,
 }
 
 impl Settings {
@@ -83,11 +72,8 @@ impl Settings {
         self.memory.apply(config);
         self.processor.apply(config)?;
         self.firmware.apply(config)?;
-        match self.engine {
-            Some(EngineArg::Auto) => config.engine = Engine::Auto,
-            Some(EngineArg::Soft) => config.engine = Engine::Soft,
-            Some(EngineArg::Kvm) => config.engine = Engine::Kvm,
-            None => {}
+        if let Some(engine) = self.engine {
+            config.engine = engine.into();
         }
         if let Some(notes) = &self.notes {
             config.notes.clone_from(notes);
@@ -112,7 +98,7 @@ impl MemorySettings {
             config.memory.size = Size(bytes);
         }
         if let Some(reserve) = self.reserve_memory {
-            config.memory.reserve = reserve == OnOff::On;
+            config.memory.reserve = reserve.is_on();
         }
     }
 }
@@ -151,13 +137,11 @@ impl ProcessorSettings {
 impl FirmwareSettings {
     fn apply(&self, config: &mut VmConfig) -> Result<(), Failure> {
         if let Some(on) = self.secure_boot {
-            config.firmware.secure_boot = on == OnOff::On;
+            config.firmware.secure_boot = on.is_on();
         }
         if let Some(template) = &self.secure_boot_template {
-            let parsed: bios::templates::Template =
-                template.parse().map_err(|e: bios::templates::TemplateError| Failure::usage(e.to_string()))?;
-            config.firmware.template = match parsed {
-                bios::templates::Template::File(path) => absolute(path)?.display().to_string(),
+            config.firmware.template = match template {
+                Template::File(path) => absolute(path.clone())?.display().to_string(),
                 named => named.to_string(),
             };
         }
