@@ -12,6 +12,7 @@ mod guests;
 mod initramfs;
 mod session;
 mod test;
+mod trees;
 mod vm;
 
 use anyhow::{Context, Result};

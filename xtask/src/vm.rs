@@ -3,8 +3,9 @@
 //! QEMU is the yardstick of `bench`, and proof that a guest test fails for Viridian's reasons and not for the guest's.
 
 use crate::guests::Guests;
+use crate::trees;
 use anyhow::{Context, Result, bail};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 /// One machine to start.
@@ -89,13 +90,8 @@ impl Contender {
                 command
             }
             Self::Qemu { tree } => {
-                let mut command = Command::new(tree.join("usr/bin/qemu-system-x86_64"));
+                let mut command = trees::qemu(tree, "qemu-system-x86_64");
                 command
-                    .env("LD_LIBRARY_PATH", library_path(tree))
-                    .arg("-L")
-                    .arg(tree.join("usr/share/qemu"))
-                    .arg("-L")
-                    .arg(tree.join("usr/share/seabios"))
                     .args(["-accel", "tcg", "-cpu", "max", "-M", "pc", "-nic", "none", "-nographic"])
                     .args(["-m", &vm.memory_mib.to_string(), "-smp", &vm.processors.to_string()])
                     .arg("-kernel")
@@ -107,11 +103,6 @@ impl Contender {
             }
         }
     }
-}
-
-/// The library folders of an extracted tree, as `LD_LIBRARY_PATH` wants them.
-pub fn library_path(tree: &Path) -> String {
-    ["lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"].map(|d| tree.join(d).display().to_string()).join(":")
 }
 
 /// Builds the `viridian` binary and says where it is. `VIRIDIAN_BINARY` names one that is used as it is, for comparing

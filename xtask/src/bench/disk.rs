@@ -6,7 +6,8 @@ mod guests;
 use super::Samples;
 use super::table::{Table, figure};
 use crate::guests::Guests;
-use crate::vm::{build_viridian, library_path};
+use crate::trees;
+use crate::vm::build_viridian;
 use anyhow::{Context, Result, bail};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
@@ -89,10 +90,7 @@ fn must(command: &mut Command) -> Result<String> {
 
 /// `qemu-img` of Debian's package, from its extracted tree.
 fn qemu_img() -> Command {
-    let tree = Guests::locate().tool("qemu-img");
-    let mut command = Command::new(tree.join("usr/bin/qemu-img"));
-    command.env("LD_LIBRARY_PATH", library_path(&tree));
-    command
+    trees::qemu(&Guests::locate().tool("qemu-img"), "qemu-img")
 }
 
 fn format(path: &Path) -> &'static str {

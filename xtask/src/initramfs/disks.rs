@@ -3,7 +3,7 @@
 use super::cpio::Archive;
 use super::{Contents, add_base, add_contents, add_tests};
 use crate::guests::Guests;
-use crate::vm::library_path;
+use crate::trees;
 use anyhow::{Context, Result, bail};
 use sha2::{Digest, Sha256};
 use std::fs;
@@ -16,8 +16,8 @@ const ROOM_MIB: u64 = 128;
 /// A command of `disk-tools`.
 pub fn tool(guests: &Guests, path: &str) -> Command {
     let tree = guests.tool("disk-tools");
-    let mut command = Command::new(tree.join(path));
-    command.env("LD_LIBRARY_PATH", library_path(&tree)).env("MKE2FS_CONFIG", tree.join("etc/mke2fs.conf"));
+    let mut command = trees::program(&tree, path);
+    command.env("MKE2FS_CONFIG", tree.join("etc/mke2fs.conf"));
     command.stdin(Stdio::null());
     command
 }

@@ -15,9 +15,11 @@ const MIB: u64 = 1 << 20;
 fn program(variable: &str, in_tree: &str, name: &str) -> Command {
     let Some(tree) = std::env::var_os(variable).filter(|t| !t.is_empty()) else { return Command::new(name) };
     let tree = Path::new(&tree);
-    let libraries = ["lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"].map(|d| tree.join(d).display().to_string());
-    let mut command = Command::new(tree.join(in_tree));
-    command.env("LD_LIBRARY_PATH", libraries.join(":"));
+    // With the loader and the libraries of its own tree: the host's may be of another release, and the two belong together.
+    let libraries = ["lib/x86_64-linux-gnu", "usr/lib/x86_64-linux-gnu"].map(|d| tree.join(d));
+    let loader = libraries.iter().map(|d| d.join("ld-linux-x86-64.so.2")).find(|p| p.is_file());
+    let mut command = Command::new(loader.expect("the tree has a C library"));
+    command.arg("--library-path").arg(libraries.map(|d| d.display().to_string()).join(":")).arg(tree.join(in_tree));
     command.env("PYTHONHOME", tree.join("usr")).env("PYTHONPATH", tree.join("usr/lib/python3/dist-packages"));
     command
 }

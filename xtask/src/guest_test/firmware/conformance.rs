@@ -6,12 +6,11 @@
 use super::super::Bench;
 use super::machine::{Machine, fat_disk};
 use crate::session::Session;
-use crate::vm::library_path;
+use crate::trees;
 use anyhow::{Context, Result, bail, ensure};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
 
 const DIFFERENCES: &str = include_str!("differences.txt");
@@ -154,9 +153,7 @@ fn on_ovmf(bench: &Bench, folder: &Path, program: &Path) -> Result<Transcript> {
     let variables = folder.join("ovmf-variables.fd");
     // Without any key: setup mode.
     fs::copy(ovmf.join("OVMF_VARS_4M.fd"), &variables)?;
-    let mut command = Command::new(tree.join("usr/bin/qemu-system-x86_64"));
-    command.env("LD_LIBRARY_PATH", library_path(&tree)).arg("-L").arg(tree.join("usr/share/qemu"));
-    command.arg("-L").arg(tree.join("usr/share/seabios"));
+    let mut command = trees::qemu(&tree, "qemu-system-x86_64");
     command.args(["-accel", "tcg", "-cpu", "max", "-machine", "q35,smm=on", "-nic", "none", "-smp", "1", "-m", "256"]);
     command.args(["-display", "none", "-serial", "stdio", "-vga", "std", "-no-reboot"]);
     command.args(["-global", "driver=cfi.pflash01,property=secure,value=on", "-device", "virtio-rng-pci"]);

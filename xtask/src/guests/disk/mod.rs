@@ -13,7 +13,8 @@ mod root;
 
 use super::sources::HostSources;
 use super::{Guests, Item, Kind, spinner};
-use crate::vm::{build_viridian, library_path};
+use crate::trees;
+use crate::vm::build_viridian;
 use anyhow::{Context, Result, bail};
 use gpt::Partition;
 use sha2::{Digest, Sha256};
@@ -215,17 +216,7 @@ impl<'a> Fat<'a> {
 
 /// A program of a fetched tree, run by the tree's own loader with its own libraries.
 pub fn tool(guests: &Guests, name: &str, program: &str) -> Command {
-    let tree = guests.tool(name);
-    let find = |places: &[String]| places.iter().map(|p| tree.join(p)).find(|p| p.exists());
-    let mut command = match find(&["lib64/ld-linux-x86-64.so.2".into(), "usr/lib64/ld-linux-x86-64.so.2".into()]) {
-        Some(loader) => {
-            let mut command = Command::new(loader);
-            command.arg("--library-path").arg(library_path(&tree));
-            command
-        }
-        None => Command::new("env"),
-    };
-    command.arg(find(&[program.to_owned(), format!("usr/{program}")]).unwrap_or_else(|| tree.join(program)));
+    let mut command = trees::program(&guests.tool(name), program);
     command.env("LC_ALL", "C");
     command
 }
