@@ -93,18 +93,24 @@ pub fn command(guests: &Guests, work: &Path, program: &Command) -> Result<Comman
 ///
 /// # Errors
 /// When the folder cannot be written.
-pub fn options(guests: &Guests, work: &Path) -> Result<(Vec<String>, Vec<String>)> {
+pub fn options(guests: &Guests, work: &Path, suite: &str) -> Result<(Vec<String>, Vec<String>)> {
     let tree = guests.tool("fakeroot").display().to_string();
     for (name, text) in [("setup", SETUP), ("cleanup", CLEANUP)] {
         fs::write(work.join(name), text.replace("TREE", &tree))?;
     }
     let hook = |kind: &str, name: &str| format!("--{kind}-hook=sh '{}' \"$1\"", work.join(name).display());
-    let before = [
+    let mut before = vec![
         "--mode=root".to_owned(),
         "--skip=chroot/mount/dev".to_owned(),
         "--skip=chroot/mount/sys".to_owned(),
         "--aptopt=APT::Sandbox::User \"root\"".to_owned(),
         hook("setup", "setup"),
     ];
-    Ok((before.into(), vec![hook("customize", "cleanup")]))
+    if suite == "bookworm" {
+        // Newer apts than its own choose `usrmerge` among what makes `/bin` a link, which then trips over fakeroot's library. It
+        // is told that the links are there. (Later suites have them in a package.)
+        let hooks = guests.tool("mmdebstrap").join("usr/share/mmdebstrap/hooks/merged-usr");
+        before.push(format!("--hook-dir={}", hooks.display()));
+    }
+    Ok((before, vec![hook("customize", "cleanup")]))
 }

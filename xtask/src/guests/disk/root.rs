@@ -75,7 +75,7 @@ pub fn make_tar(guests: &Guests, item: &Item, sources: &HostSources, work: &Path
     let perl = tool(guests, "mmdebstrap", &perl);
     let (mut command, before, after) = if ordinary::is_needed() {
         let command = ordinary::command(guests, &work, &perl)?;
-        let (before, after) = ordinary::options(guests, &work)?;
+        let (before, after) = ordinary::options(guests, &work, item.suite)?;
         (command, before, after)
     } else {
         (perl, Vec::new(), Vec::new())
