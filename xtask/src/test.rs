@@ -217,8 +217,9 @@ fn run_step(step: &Step, options: &Options) -> Result<Tally> {
         .context("cannot run cargo")?;
     let stderr = child.stderr.take().expect("piped above");
     let stdout = child.stdout.take().expect("piped above");
-    let other = std::thread::spawn(move || pass_on(BufReader::new(stderr)));
-    let mut tally = pass_on(BufReader::new(stdout));
+    let nextest = arguments[0] == "nextest";
+    let other = std::thread::spawn(move || pass_on(BufReader::new(stderr), nextest));
+    let mut tally = pass_on(BufReader::new(stdout), nextest);
     tally.add(other.join().unwrap_or_default());
     let status = child.wait()?;
     if tally == Tally::default() {
@@ -231,16 +232,28 @@ fn run_step(step: &Step, options: &Options) -> Result<Tally> {
     Ok(tally)
 }
 
-fn pass_on(reader: impl BufRead) -> Tally {
+fn pass_on(reader: impl BufRead, nextest: bool) -> Tally {
     let mut tally = Tally::default();
     for line in reader.split(b'\n').map_while(Result::ok) {
         let line = String::from_utf8_lossy(&line);
+        if nextest && is_inner(&line) {
+            continue;
+        }
         if let Some(counted) = summary(&line) {
             tally.add(counted);
         }
         let _ = writeln!(std::io::stdout().lock(), "  {line}");
     }
     tally
+}
+
+/// What libtest says in the output of one test that nextest shows: nextest says (and counts) it as well.
+fn is_inner(line: &str) -> bool {
+    let line = line.trim();
+    line.is_empty()
+        || line == "running 1 test"
+        || line.starts_with("test result: ")
+        || (line.starts_with("test ") && line.contains(" ... "))
 }
 
 /// The numbers in `test result: ok. 3 passed; 1 failed; ...` (libtest) or `Summary [ 0.1s] 4 tests run: 3 passed, 1
@@ -267,5 +280,9 @@ mod tests {
         assert_eq!(summary("     Summary [   0.035s] 10 tests run: 9 passed (1 slow), 1 failed, 0 skipped"), of(9, 1));
         assert_eq!(summary("     Summary [   0.035s] 10 tests run: 10 passed, 0 skipped"), of(10, 0));
         assert_eq!(summary("running 3 tests"), None);
+        assert!(is_inner("    test result: ok. 1 passed; 0 failed; 0 ignored"));
+        assert!(
+            !is_inner("    fuzz ring contents: 20 rounds") && !is_inner("     Summary [   0.1s] 1 test run: 1 passed")
+        );
     }
 }
