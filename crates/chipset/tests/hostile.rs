@@ -1,9 +1,9 @@
 //! Random accesses to every device: nothing panics, nothing takes long, and whatever state results can be saved,
 //! restored, and saved again to the same.
 //!
-//! `VIRIDIAN_FUZZ_SECONDS` says how long (default 2 s in all); the seed of a failing round is printed, and
-//! `VIRIDIAN_FUZZ_SEED` replays it.
+//! Runs for 2 s, or `VIRIDIAN_FUZZ_SECONDS`; see the crate `fuzzing`.
 
+use fuzzing::Rng;
 use partition::{Clock, Msi};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -35,20 +35,6 @@ impl MessageSink for Nobody {
 }
 impl DebugSink for Nobody {
     fn byte(&self, _: u8) {}
-}
-
-/// A small generator of good enough randomness (xorshift64*), so that a seed is all that a replay needs.
-struct Random(u64);
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-    fn below(&mut self, bound: u64) -> u64 {
-        self.next() % bound
-    }
 }
 
 struct Bench {
@@ -94,7 +80,7 @@ fn save(bench: &Bench) -> Vec<SavedState> {
     bench.devices.iter().map(one).collect()
 }
 
-fn access(device: &dyn Device, random: &mut Random) {
+fn access(device: &dyn Device, random: &mut Rng) {
     let mut data = random.next().to_le_bytes();
     if random.below(4) == 0 {
         // Registers like small numbers better.
@@ -119,15 +105,14 @@ fn access(device: &dyn Device, random: &mut Random) {
     }
 }
 
-fn round(seed: u64) {
-    let mut random = Random(seed | 1);
+fn round(random: &mut Rng) {
     let bench = bench();
     for device in &bench.devices {
         device.request(Request::Start).unwrap();
     }
     for step in 0..2000u32 {
         let begun = Instant::now();
-        access(&*bench.devices[random.below(bench.devices.len() as u64) as usize], &mut random);
+        access(&*bench.devices[random.below(bench.devices.len() as u64) as usize], random);
         match random.below(40) {
             0 => {
                 // Time passes: a little, or a lot.
@@ -170,27 +155,14 @@ fn round(seed: u64) {
 
 #[test]
 fn random_accesses() {
-    if let Ok(seed) = std::env::var("VIRIDIAN_FUZZ_SEED") {
-        return round(seed.parse().expect("VIRIDIAN_FUZZ_SEED is a number"));
-    }
-    let seconds = std::env::var("VIRIDIAN_FUZZ_SECONDS").ok().and_then(|s| s.parse().ok()).unwrap_or(2);
-    let until = Instant::now() + Duration::from_secs(seconds);
-    let mut seeds = Random(std::process::id().into());
-    let mut rounds = 0u32;
-    while rounds == 0 || Instant::now() < until {
-        let seed = seeds.next();
-        let result = std::panic::catch_unwind(|| round(seed));
-        assert!(result.is_ok(), "failed with VIRIDIAN_FUZZ_SEED={seed}");
-        rounds += 1;
-    }
-    eprintln!("{rounds} rounds of 2000 accesses");
+    fuzzing::rounds("chipset", Duration::from_secs(2), round);
 }
 
 /// Turns bytes of a saved state over: it is refused, or the device goes on with it; it never panics.
 #[test]
 fn damaged_states() {
     let bench = bench();
-    let mut random = Random(7);
+    let mut random = Rng::new(7);
     for _ in 0..2000 {
         access(&*bench.devices[random.below(bench.devices.len() as u64) as usize], &mut random);
     }

@@ -1,12 +1,13 @@
 //! Mutational fuzzing of everything in the firmware that reads what a disk, a variable or a program brings. The targets
 //! are the guest's own code, built for the host.
 //!
-//! Each target runs for `VIRIDIAN_FUZZ_SECONDS` (default 3) from a seed that is printed (`VIRIDIAN_FUZZ_SEED` repeats a run).
-//! It fails on a panic, on an input that takes more than two seconds, and on a broken promise that the target states.
+//! Each target runs for 3 s, or `VIRIDIAN_FUZZ_SECONDS`; see the crate `fuzzing`. It fails on a panic, on an input that takes more
+//! than two seconds, and on a broken promise that the target states.
 //! With `VIRIDIAN_EFI_TREE` (see `real_images.rs`) the corpus has real signed images, without it only made ones.
 
+use fuzzing::{Rng, rounds};
 use std::path::PathBuf;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 use uefi_core::block::{BlockDevice, MemoryDisk};
 use uefi_core::devpath::{DevicePath, text};
 use uefi_core::fat::FatVolume;
@@ -25,20 +26,20 @@ use uefi_core::variables::{Quota, VariableStore, attribute as variable, file};
 /// Longest that one input may take.
 const SLOW: Duration = Duration::from_secs(2);
 
-/// xorshift64*: small, and the same everywhere.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-    fn below(&mut self, bound: usize) -> usize {
-        (self.next() % bound.max(1) as u64) as usize
-    }
+/// What mutation needs of the generator beyond what all fuzz targets do.
+trait Mutation {
+    /// A place among so many.
+    fn index(&mut self, bound: usize) -> usize;
     /// Values at which arithmetic breaks.
+    fn number(&mut self) -> u64;
+    /// Changes a few things; `hot` names places that matter more than others (the empty range: none).
+    fn mutate(&mut self, data: &mut Vec<u8>, hot: std::ops::Range<usize>);
+}
+
+impl Mutation for Rng {
+    fn index(&mut self, bound: usize) -> usize {
+        self.below(bound as u64) as usize
+    }
     fn number(&mut self) -> u64 {
         const EDGES: [u64; 12] = [
             0,
@@ -54,37 +55,36 @@ impl Random {
             i64::MAX as u64,
             u64::MAX,
         ];
-        match self.below(3) {
-            0 => EDGES[self.below(EDGES.len())],
+        match self.index(3) {
+            0 => EDGES[self.index(EDGES.len())],
             1 => self.next() % 4096,
             _ => self.next(),
         }
     }
-    /// Changes a few things; `hot` names places that matter more than others (the empty range: none).
     fn mutate(&mut self, data: &mut Vec<u8>, hot: std::ops::Range<usize>) {
-        for _ in 0..=self.below(6) {
+        for _ in 0..=self.index(6) {
             if data.is_empty() {
                 data.push(self.next() as u8);
             }
             let place = |r: &mut Self, len: usize| {
-                if !hot.is_empty() && r.below(4) != 0 { hot.start + r.below(hot.len()) } else { r.below(len) }
+                if !hot.is_empty() && r.index(4) != 0 { hot.start + r.index(hot.len()) } else { r.index(len) }
             };
             let at = place(self, data.len()).min(data.len() - 1);
-            match self.below(8) {
-                0 => data[at] ^= 1 << self.below(8),
+            match self.index(8) {
+                0 => data[at] ^= 1 << self.index(8),
                 1 => data[at] = self.next() as u8,
                 2 | 3 => {
                     let bytes = self.number().to_le_bytes();
-                    let width = [2, 4, 8][self.below(3)].min(data.len() - at);
+                    let width = [2, 4, 8][self.index(3)].min(data.len() - at);
                     data[at..at + width].copy_from_slice(&bytes[..width]);
                 }
                 4 => {
-                    let from = self.below(data.len());
-                    let len = self.below(64).min(data.len() - at).min(data.len() - from);
+                    let from = self.index(data.len());
+                    let len = self.index(64).min(data.len() - at).min(data.len() - from);
                     data.copy_within(from..from + len, at);
                 }
                 5 if data.len() < 1 << 16 => {
-                    let piece: Vec<u8> = (0..self.below(16)).map(|_| self.next() as u8).collect();
+                    let piece: Vec<u8> = (0..self.index(16)).map(|_| self.next() as u8).collect();
                     data.splice(at..at, piece);
                 }
                 6 if data.len() < 1 << 20 => data.truncate(at),
@@ -99,28 +99,17 @@ fn fuzz(
     name: &str,
     corpus: &[Vec<u8>],
     hot: impl Fn(&[u8]) -> std::ops::Range<usize>,
-    mut target: impl FnMut(&mut Random, &[u8]),
+    mut target: impl FnMut(&mut Rng, &[u8]),
 ) {
-    let number = |variable: &str| std::env::var(variable).ok().and_then(|v| v.parse::<u64>().ok());
-    let seconds = number("VIRIDIAN_FUZZ_SECONDS").unwrap_or(3);
-    let clock = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |d| d.as_nanos() as u64);
-    let seed = number("VIRIDIAN_FUZZ_SEED").unwrap_or(clock) | 1;
-    println!("{name}: VIRIDIAN_FUZZ_SEED={seed}");
-    let mut random = Random(seed);
-    let end = Instant::now() + Duration::from_secs(seconds);
-    corpus.iter().for_each(|c| target(&mut random, c));
-    let mut count = 0u64;
-    while Instant::now() < end {
-        let mut input = corpus[random.below(corpus.len())].clone();
+    corpus.iter().for_each(|c| target(&mut Rng::new(0), c));
+    rounds(name, Duration::from_secs(3), |random| {
+        let mut input = corpus[random.index(corpus.len())].clone();
         let range = hot(&input);
         random.mutate(&mut input, range);
         let begun = Instant::now();
-        target(&mut random, &input);
+        target(random, &input);
         assert!(begun.elapsed() < SLOW, "{name}: one input of {} bytes took {:?}", input.len(), begun.elapsed());
-        count += 1;
-    }
-    println!("{name}: {count} inputs");
-    assert!(count > 0);
+    });
 }
 
 /// Real images, if there are any.
@@ -391,7 +380,7 @@ fn partitions() {
     fuzz("partitions", &corpus, hot, |random, input| {
         let mut data = input.to_vec();
         // A mutation behind the check sum is worth nothing: half of the headers get a new one.
-        if data.len() >= 1024 && &data[512..516] == b"EFI " && random.below(2) == 0 {
+        if data.len() >= 1024 && &data[512..516] == b"EFI " && random.index(2) == 0 {
             data[528..532].fill(0);
             let sum = crc32(&data[512..604]).to_le_bytes();
             data[528..532].copy_from_slice(&sum);
@@ -481,7 +470,7 @@ fn fat_volumes() {
                     let mut extents = Extents::default();
                     let mut data = [0; 700];
                     let _ = v.read(&node, &mut extents, random.number() % 5000, &mut data);
-                    match random.below(5) {
+                    match random.index(5) {
                         0 => drop(v.write(&mut node, &mut extents, random.number() % 9000, &data, now)),
                         1 => drop(v.set_size(&mut node, &mut extents, random.number() % 20_000, now)),
                         2 => drop(v.rename(&mut node, "another name.text")),
@@ -590,14 +579,14 @@ fn authenticated_variables() {
         |_| 0..64,
         |random, input| {
             let mut s = before.clone();
-            let (name, vendor) = match random.below(5) {
+            let (name, vendor) = match random.index(5) {
                 0 => ("PK", GLOBAL_VARIABLE),
                 1 => ("KEK", GLOBAL_VARIABLE),
                 2 => ("db", IMAGE_SECURITY_DATABASE),
                 3 => ("dbx", IMAGE_SECURITY_DATABASE),
                 _ => ("Private", Guid::default()),
             };
-            let append = if random.below(2) == 0 { variable::APPEND_WRITE } else { 0 };
+            let append = if random.index(2) == 0 { variable::APPEND_WRITE } else { 0 };
             let attributes = 7 | variable::TIME_BASED_AUTHENTICATED_WRITE_ACCESS | append;
             let set = s.set(&wide(name), vendor, attributes, input);
             // Nobody here has a key.
