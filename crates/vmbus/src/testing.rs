@@ -7,7 +7,7 @@ use partition::{Gpa, GuestMemory, VpIndex};
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tlfs::{EventPort, MessagePort};
 use vmbus_protocol::message::{self as msg, Header, kind};
 use vmbus_protocol::ring::{PacketHeader, control};
@@ -267,20 +267,16 @@ impl Guest {
         self.signal(vsc.connection);
     }
     pub fn receive(&self, vsc: &Vsc) -> (PacketHeader, Vec<u8>) {
-        let end = Instant::now() + WAIT;
-        loop {
+        // Counted in turns, as above: a process that is stopped has not waited.
+        const TURN: Duration = Duration::from_micros(50);
+        for _ in 0..WAIT.as_micros() / TURN.as_micros() {
             if let Some(packet) = self.try_receive(vsc) {
                 return packet;
             }
-            let f = |down, field| self.load(vsc, down, field);
-            assert!(
-                Instant::now() < end,
-                "no packet came; up: {:?}, down: {:?}",
-                [f(false, 0), f(false, 4), f(false, 8), f(false, 12)],
-                [f(true, 0), f(true, 4), f(true, 8), f(true, 12)],
-            );
-            std::thread::sleep(Duration::from_micros(50));
+            std::thread::sleep(TURN);
         }
+        let ring = |down| [0, 4, 8, 12].map(|field| self.load(vsc, down, field));
+        panic!("no packet came; up: {:?}, down: {:?}", ring(false), ring(true));
     }
     pub fn take_events(&self) -> Vec<(VpIndex, u8, u16)> {
         std::mem::take(&mut self.synic.wires().events)
