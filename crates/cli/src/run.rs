@@ -4,7 +4,7 @@ use crate::options::{EngineArg, OnOff};
 use bios::templates::Template;
 use clap::{Args as ClapArgs, ValueEnum};
 use machine::{BootSource, IoLimits, MachineConfig, StorageUnit, UnitKind};
-use partition::{EngineOptions, TranslateMode};
+use partition::{DirectMode, EngineOptions, TranslateMode};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -51,9 +51,10 @@ pub struct Args {
     /// Translation of guest code (engine soft): on, off (interpret everything), verify (both, and compare: slow, for tests)
     #[arg(long, value_enum, default_value_t = TranslateArg::On)]
     translate: TranslateArg,
-    /// Direct execution of the guest's 64-bit user code, in processes of its own (engine soft, with --translate on)
-    #[arg(long, value_enum, default_value_t = OnOff::Off)]
-    direct: OnOff,
+    /// Direct execution of the guest's 64-bit user code, in processes of its own (engine soft, with --translate on): off, on (what
+    /// computes for long, at the processor's own speed), always (whatever can be, pay or not: for tests)
+    #[arg(long, value_enum, default_value_t = DirectArg::On)]
+    direct: DirectArg,
     /// Disk image (VHDX, VHD, raw) on the synthetic SCSI controller; may be given several times
     #[arg(long, value_name = "FILE", conflicts_with = "restore")]
     disk: Vec<PathBuf>,
@@ -119,6 +120,13 @@ fn boot_first(text: &str) -> Result<String, String> {
         path if path.starts_with(['\\', '/']) && path.len() <= 255 => Ok(path.replace('/', "\\")),
         _ => Err("expected disk, dvd, or a path such as \\EFI\\debian\\grubx64.efi".into()),
     }
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum DirectArg {
+    Off,
+    On,
+    Always,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -195,6 +203,11 @@ pub fn run(args: Args, started: Instant) -> ExitCode {
         },
         OnOff::Off => None,
     };
+    let direct = match args.direct {
+        DirectArg::Off => DirectMode::Off,
+        DirectArg::On => DirectMode::On,
+        DirectArg::Always => DirectMode::Always,
+    };
     let translate = match args.translate {
         TranslateArg::On => TranslateMode::On,
         TranslateArg::Off => TranslateMode::Off,
@@ -203,7 +216,7 @@ pub fn run(args: Args, started: Instant) -> ExitCode {
     let options = RunOptions {
         start,
         engine: args.engine.into(),
-        engine_options: EngineOptions { translate, direct: args.direct.is_on(), ..EngineOptions::default() },
+        engine_options: EngineOptions { translate, direct, ..EngineOptions::default() },
         firmware: FirmwareOptions {
             variables,
             template: args.secure_boot_template,

@@ -9,8 +9,8 @@ use crate::vp::{SoftVp, attention};
 use crate::wake::{Waker, futex_wait, futex_wake};
 use partition::memory::page_flags;
 use partition::{
-    Abilities, Clock, DirtyPages, Engine, EngineError, EngineOptions, EngineStats, Gpa, GuestMemory, MemoryObserver,
-    Msi, Partition, PartitionConfig, TlbFlush, TranslateMode, Vp, VpIndex, VpSet, VpState,
+    Abilities, Clock, DirectMode, DirtyPages, Engine, EngineError, EngineOptions, EngineStats, Gpa, GuestMemory,
+    MemoryObserver, Msi, Partition, PartitionConfig, TlbFlush, TranslateMode, Vp, VpIndex, VpSet, VpState,
 };
 use std::collections::HashMap;
 use std::ops::RangeInclusive;
@@ -42,7 +42,7 @@ impl Engine for SoftEngine {
         ABILITIES
     }
     fn uses_processes(&self, options: &EngineOptions) -> bool {
-        options.direct && options.translate == TranslateMode::On
+        options.direct != DirectMode::Off && options.translate == TranslateMode::On
     }
     fn create(&self, config: PartitionConfig) -> Result<Arc<dyn Partition>, EngineError> {
         crate::rest::keep_tables_apart();

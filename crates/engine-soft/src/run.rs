@@ -32,6 +32,8 @@ pub struct RunState {
     pub(crate) calls: u32,
     /// A panic that must not unwind through translated code.
     pub(crate) panic: Option<Box<dyn std::any::Any + Send>>,
+    /// Where direct execution met a fault that the guest sees to (CR3, RIP, address): it will want the page.
+    pub(crate) direct_fault: Option<(u64, u64, u64)>,
     /// What translated code may rely on ([`crate::translate::facts`]).
     pub(crate) facts: Option<crate::translate::facts::Facts>,
 }
@@ -252,6 +254,7 @@ impl SoftVp {
         };
         self.run.idle_any = false;
         self.set_activity(Activity::Running);
+        self.direct_interrupted();
         self.partition.shared(self.index).interrupts.fetch_add(1, Ordering::Relaxed);
         exception::deliver_interrupt(self, vector);
         self.exits().interrupt_taken(self.index, vector);

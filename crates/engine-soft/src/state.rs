@@ -38,6 +38,7 @@ impl SoftVp {
             decoded: code::DecodeCache::new(),
             translator: None,
             translator_refused: false,
+            direct: None,
             watch: crate::rest::Watch::default(),
             exits: None,
             activity: Activity::Running,
@@ -46,7 +47,6 @@ impl SoftVp {
             counts: crate::stats::Counts::default(),
             verify: crate::translate::verify::Verify::default(),
             run: RunState::default(),
-            processes: crate::direct::Processes::default(),
             partition,
         };
         let signature = vp.features.table().get(1, 0).eax;

@@ -59,6 +59,16 @@ counts! {
     Retried = "verifications repeated",
     /// Faults at which a translation had lost status flags.
     FlagsLost = "faults with status flags lost",
+    /// Address spaces that were tried for direct execution.
+    DirectSpaces = "address spaces executed directly",
+    /// Times that direct execution was entered.
+    DirectRuns = "direct executions",
+    /// Instructions that stopped it and were interpreted.
+    DirectSingles = "instructions interpreted for them",
+    /// Changes of what is mapped for it.
+    DirectChanges = "mappings made for them",
+    /// Host TSC ticks in user code executed directly.
+    DirectTicks = "% of time in user code executed directly",
     /// Host TSC ticks in translation.
     TranslateTicks = "% of time translating",
     /// Host TSC ticks in calls from translated code (measured at one call in 64).
@@ -123,7 +133,7 @@ pub fn report<'a>(vps: impl Iterator<Item = &'a Published>, ticks: u64) -> Vec<(
     // Code contains calls and what they do; translation happens in calls or in the run loop.
     let code = sum[Count::CodeTicks as usize];
     sum[Count::CodeTicks as usize] = code.saturating_sub(sum[Count::CallTicks as usize]);
-    let first_time = Count::TranslateTicks as usize;
+    let first_time = Count::DirectTicks as usize;
     (0..LEN)
         .filter(|n| sum[*n] != 0)
         .map(|n| (NAMES[n], if n >= first_time { sum[n] * 100 / ticks.max(1) } else { sum[n] }))

@@ -207,6 +207,9 @@ pub struct SoftVp {
     pub translator: Option<Box<crate::translate::Translator>>,
     /// The host gives no executable memory.
     pub translator_refused: bool,
+    /// Direct execution: made by [`partition::Vp::prepare`], to be used on its thread. `None`: not wanted, or the host does not
+    /// allow it.
+    pub direct: Option<Box<crate::direct::Direct>>,
     /// Whether the VP is at rest.
     pub watch: crate::rest::Watch,
     /// The partition.
@@ -225,8 +228,6 @@ pub struct SoftVp {
     pub verify: crate::translate::verify::Verify,
     /// What the run loop remembers.
     pub run: crate::run::RunState,
-    /// For direct execution: made by [`partition::Vp::prepare`], to be used on its thread.
-    pub processes: crate::direct::Processes,
 }
 
 // SAFETY: `exits` is only set while `run` is on the stack of the one thread that owns the VP, and `VpExits` is

@@ -1,5 +1,6 @@
 //! How other threads get a VP's attention: its attention word, and its sleep on that word.
 
+use crate::direct::process::Interrupter;
 use crate::vp::attention;
 use std::ptr::NonNull;
 use std::sync::Mutex;
@@ -15,6 +16,8 @@ unsafe impl Send for Word {}
 /// Raises [`attention`] bits of one VP from any thread and wakes it if it sleeps.
 pub struct Waker {
     word: Mutex<Option<Word>>,
+    /// The process that executes for the VP ([`crate::direct`]).
+    process: Mutex<Option<Interrupter>>,
     /// Bits raised while there is no word.
     early: AtomicU32,
     /// The VP is in [`Waker::sleep`].
@@ -28,6 +31,7 @@ impl Waker {
     pub fn new() -> Self {
         Self {
             word: Mutex::new(None),
+            process: Mutex::new(None),
             early: AtomicU32::new(0),
             sleeping: AtomicBool::new(false),
             inside: AtomicBool::new(false),
@@ -44,8 +48,14 @@ impl Waker {
                 let old = word.fetch_or(bits, Ordering::SeqCst);
                 // The sleeper announces itself, then looks at the word; this side writes the word, then looks for a
                 // sleeper: one sees the other.
-                if old & bits != bits && self.sleeping.load(Ordering::SeqCst) {
-                    futex_wake(word);
+                if old & bits != bits {
+                    if self.sleeping.load(Ordering::SeqCst) {
+                        futex_wake(word);
+                    }
+                    // In the same way: the VP announces the process, then looks at the word.
+                    if let Some(process) = &*self.process.lock().unwrap_or_else(|e| e.into_inner()) {
+                        process.interrupt();
+                    }
                 }
             }
             None => {
@@ -79,6 +89,12 @@ impl Waker {
         self.sleeping.store(true, Ordering::SeqCst);
         futex_wait(word, 0, timeout);
         self.sleeping.store(false, Ordering::SeqCst);
+    }
+
+    /// The process that executes for the VP now: it is to be interrupted when bits are raised. The caller looks at the word
+    /// afterwards.
+    pub fn interrupt_too(&self, process: Option<Interrupter>) {
+        *self.process.lock().unwrap_or_else(|e| e.into_inner()) = process;
     }
 
     /// Says whether the VP executes guest code; returns what was said before. On the VP's own thread.

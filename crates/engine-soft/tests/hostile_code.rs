@@ -5,7 +5,9 @@
 //! watched by pages without access on both sides of guest RAM (a stray access is a SIGSEGV that ends the test) and by
 //! patterns behind the mapped part of the block.
 
-use partition::{Access, Clock, EngineOptions, Gpa, GuestMemory, MemoryBlock, PartitionConfig, TranslateMode};
+use partition::{
+    Access, Clock, DirectMode, EngineOptions, Gpa, GuestMemory, MemoryBlock, PartitionConfig, TranslateMode,
+};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -258,7 +260,7 @@ fn fuzz(translate: TranslateMode) {
         cpuid: vec![model.table(0, 1, 1_000_000_000)],
         msr_exits: Vec::new(),
         hypercall_port: Some(0x5c),
-        options: EngineOptions { translate, code_cache_bytes: 8 << 20, direct: false },
+        options: EngineOptions { translate, code_cache_bytes: 8 << 20, direct: DirectMode::Off },
     };
     let partition = SoftPartition::new(config).expect("a partition");
     let mut vp = SoftVp::new(partition, 0);

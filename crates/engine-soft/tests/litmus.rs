@@ -5,7 +5,7 @@ mod common;
 
 use common::{Bench, CODE, PORT_DONE};
 use iced_x86::code_asm::*;
-use partition::{EngineOptions, Gpa, GuestMemory, TranslateMode};
+use partition::{DirectMode, EngineOptions, Gpa, GuestMemory, TranslateMode};
 use std::time::Duration;
 use viridian_engine_soft::partition_impl::SoftEngine;
 
@@ -68,7 +68,7 @@ fn program(a: &mut CodeAssembler, vp: u32, vps: u32, body: Body) {
 /// Runs the bodies against each other; gives for each round what each VP read.
 fn litmus(mode: TranslateMode, bodies: &[Body]) -> Vec<Vec<(u32, u32)>> {
     let memory = GuestMemory::with_ram(16 << 20, 0xc000_0000..1 << 32, false).unwrap();
-    let options = EngineOptions { translate: mode, code_cache_bytes: 8 << 20, direct: false };
+    let options = EngineOptions { translate: mode, code_cache_bytes: 8 << 20, direct: DirectMode::Off };
     let mut b = Bench::with_options(&SoftEngine::new(), "x86-64-v2", bodies.len() as u32, memory, options);
     for (n, body) in bodies.iter().enumerate() {
         let at = CODE + 0x1000 * n as u64;
@@ -207,7 +207,7 @@ fn locked_additions_are_not_lost() {
         };
         for mode in [TranslateMode::On, TranslateMode::Off] {
             let memory = GuestMemory::with_ram(16 << 20, 0xc000_0000..1 << 32, false).unwrap();
-            let options = EngineOptions { translate: mode, code_cache_bytes: 8 << 20, direct: false };
+            let options = EngineOptions { translate: mode, code_cache_bytes: 8 << 20, direct: DirectMode::Off };
             let mut b = Bench::with_options(&SoftEngine::new(), "x86-64-v2", 2, memory, options);
             for n in 0..2 {
                 let place = CODE + 0x1000 * n;

@@ -5,7 +5,7 @@ mod common;
 
 use common::{Bench, CODE, DATA, RAM};
 use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
-use partition::{EngineOptions, Gpa, GuestMemory, TranslateMode};
+use partition::{DirectMode, EngineOptions, Gpa, GuestMemory, TranslateMode};
 use viridian_engine_soft::features::Features;
 use viridian_engine_soft::partition_impl::SoftEngine;
 use viridian_engine_soft::translate::classify::{self, Kind};
@@ -183,7 +183,7 @@ struct Side {
 impl Side {
     fn new(translate: TranslateMode) -> Self {
         let memory = GuestMemory::with_ram(RAM, 0xc000_0000..1 << 32, false).unwrap();
-        let options = EngineOptions { translate, code_cache_bytes: 8 << 20, direct: false };
+        let options = EngineOptions { translate, code_cache_bytes: 8 << 20, direct: DirectMode::Off };
         let bench = Bench::with_options(&SoftEngine::new(), "x86-64-v3", 1, memory, options);
         bench.clock.start();
         Self { bench }

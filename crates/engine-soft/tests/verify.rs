@@ -5,7 +5,7 @@ mod common;
 
 use common::{Bench, Board, CODE, DATA, PORT_DONE};
 use iced_x86::code_asm::*;
-use partition::{Clock, EngineOptions, Gpa, GuestMemory, PartitionConfig, TranslateMode, Vp};
+use partition::{Clock, DirectMode, EngineOptions, Gpa, GuestMemory, PartitionConfig, TranslateMode, Vp};
 use std::sync::Arc;
 use std::time::Duration;
 use viridian_engine_soft::partition_impl::{SoftEngine, SoftPartition};
@@ -13,7 +13,7 @@ use viridian_engine_soft::vp::SoftVp;
 use x86::cpuid::CpuModel;
 
 const VERIFY: EngineOptions =
-    EngineOptions { translate: TranslateMode::Verify, code_cache_bytes: 8 << 20, direct: false };
+    EngineOptions { translate: TranslateMode::Verify, code_cache_bytes: 8 << 20, direct: DirectMode::Off };
 
 fn done(a: &mut CodeAssembler) {
     a.mov(al, 1).unwrap();
@@ -128,7 +128,7 @@ fn two_processors_agree() {
 /// immediate always has four equal bytes, written at once. Nobody may ever see anything else.
 fn rewriting(mode: TranslateMode, rounds: i32) {
     let memory = GuestMemory::with_ram(common::RAM, 0xc000_0000..1 << 32, false).unwrap();
-    let options = EngineOptions { translate: mode, code_cache_bytes: 8 << 20, direct: false };
+    let options = EngineOptions { translate: mode, code_cache_bytes: 8 << 20, direct: DirectMode::Off };
     let mut b = Bench::with_options(&SoftEngine::new(), "x86-64-v2", 2, memory, options);
     // The immediate at an aligned place: f: nop * 3, mov eax, imm32.
     for f in [CODE + 0x4000, CODE + 0x4040] {

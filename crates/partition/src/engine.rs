@@ -75,6 +75,18 @@ pub enum TranslateMode {
     Verify,
 }
 
+/// Whether 64-bit user code of the guest is executed directly.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DirectMode {
+    /// Never.
+    Off,
+    /// Where it seems to pay.
+    #[default]
+    On,
+    /// Wherever it is possible, whether it pays or not (for tests).
+    Always,
+}
+
 /// Options that only some engines have; the others ignore them.
 #[derive(Clone, Copy, Debug)]
 pub struct EngineOptions {
@@ -85,12 +97,12 @@ pub struct EngineOptions {
     pub code_cache_bytes: usize,
     /// Execute 64-bit user code of the guest directly, in processes of its own, where the host allows it
     /// ([`Engine::uses_processes`]).
-    pub direct: bool,
+    pub direct: DirectMode,
 }
 
 impl Default for EngineOptions {
     fn default() -> Self {
-        Self { translate: TranslateMode::default(), code_cache_bytes: 256 << 20, direct: false }
+        Self { translate: TranslateMode::default(), code_cache_bytes: 256 << 20, direct: DirectMode::default() }
     }
 }
 

@@ -25,8 +25,8 @@ pub mod state;
 
 pub use clock::{Clock, Ticks100ns};
 pub use engine::{
-    Abilities, DirtyPages, Engine, EngineError, EngineOptions, EngineStats, Msi, Partition, PartitionConfig, RunExit,
-    TlbFlush, TranslateMode, Vp, VpIndex, VpSet,
+    Abilities, DirectMode, DirtyPages, Engine, EngineError, EngineOptions, EngineStats, Msi, Partition,
+    PartitionConfig, RunExit, TlbFlush, TranslateMode, Vp, VpIndex, VpSet,
 };
 pub use exits::{HypercallContext, HypercallOutcome, MsrOutcome, VpExits};
 pub use memory::{Access, Gpa, GuestMemory, HostPage, MemoryBlock, MemoryError, MemoryObserver, PinnedRange};

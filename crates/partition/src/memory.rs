@@ -108,7 +108,16 @@ pub struct MemoryBlock {
     len: usize,
     fd: Option<OwnedFd>,
     flags: Box<[AtomicU8]>,
+    /// Of a shared block: which of its 2 MiB pieces the host has been asked to make large pages.
+    large: Box<[AtomicU8]>,
+    /// How often in a row it has refused.
+    refusals: AtomicU8,
 }
+
+/// `MADV_COLLAPSE` (asm-generic/mman-common.h; Linux 6.1).
+const MADV_COLLAPSE: i32 = 25;
+/// Refusals in a row after which the host is not asked again.
+const MOST_REFUSALS: u8 = 8;
 
 // SAFETY: the block is plain memory; all access to it goes through copies or atomics (module page), which are allowed
 // from any thread.
@@ -181,7 +190,9 @@ impl MemoryBlock {
         }
         let pages = size / PAGE_SIZE as usize;
         let flags = (0..pages).map(|_| AtomicU8::new(0)).collect();
-        Ok(Arc::new(Self { ptr: ptr.cast(), len: size, fd, flags }))
+        let pieces = if fd.is_some() { size / LARGE_PAGE_SIZE as usize } else { 0 };
+        let large = (0..pieces).map(|_| AtomicU8::new(0)).collect();
+        Ok(Arc::new(Self { ptr: ptr.cast(), len: size, fd, flags, large, refusals: AtomicU8::new(0) }))
     }
 
     /// Bytes.
@@ -193,6 +204,36 @@ impl MemoryBlock {
     /// The memfd behind a shared block.
     pub fn fd(&self) -> Option<BorrowedFd<'_>> {
         self.fd.as_ref().map(std::os::fd::AsFd::as_fd)
+    }
+
+    /// A VP uses this page (by its number). Private memory gets 2 MiB pages from the host by itself, when it is first touched;
+    /// shared memory does not on most hosts (`/sys/kernel/mm/transparent_hugepage/shmem_enabled` is "never"), which costs
+    /// a fifth of the speed of large programs. But a process may ask for each large page. For engines.
+    #[inline]
+    pub fn used(&self, page: usize) {
+        let piece = page / (LARGE_PAGE_SIZE / PAGE_SIZE) as usize;
+        if self.large.get(piece).is_some_and(|p| p.load(Ordering::Relaxed) == 0) {
+            self.make_large(piece);
+        }
+    }
+
+    #[cold]
+    fn make_large(&self, piece: usize) {
+        if self.large[piece].swap(1, Ordering::Relaxed) != 0 || self.refusals.load(Ordering::Relaxed) >= MOST_REFUSALS {
+            return;
+        }
+        let at = self.ptr.wrapping_add(piece * LARGE_PAGE_SIZE as usize);
+        // SAFETY: the piece lies inside the block: `large` has one element for each that does. Reading one byte gives the host
+        // something to begin with; a large page has the contents that the small ones had.
+        let refused = unsafe {
+            at.read_volatile();
+            libc::madvise(at.cast(), LARGE_PAGE_SIZE as usize, MADV_COLLAPSE) != 0
+        };
+        if refused {
+            self.refusals.fetch_add(1, Ordering::Relaxed);
+        } else {
+            self.refusals.store(0, Ordering::Relaxed);
+        }
     }
 
     /// Host address of the first byte. For engines.

@@ -10,6 +10,7 @@ pub mod phys;
 pub mod tlb;
 pub mod walk;
 
+use crate::direct::policy::Space;
 use crate::stats::Count;
 use crate::vp::{Exec, Fault, SoftVp};
 use partition::GuestMemory;
@@ -83,6 +84,8 @@ pub enum RmwTarget {
 /// User translations of one address space.
 struct UserSpace {
     set: TlbSet,
+    /// Whether it is executed directly.
+    space: Space,
     pcid: u16,
     /// When it was last switched to.
     used: u64,
@@ -119,7 +122,7 @@ impl Mmu {
             model: MmuModel { physical_bits: model.physical_bits.clamp(36, 52), ..model },
             supervisor: TlbSet::new(),
             supervisor_ac: TlbSet::new(),
-            users: vec![UserSpace { set: TlbSet::new(), pcid: 0, used: 0 }],
+            users: vec![UserSpace { set: TlbSet::new(), space: Space::default(), pcid: 0, used: 0 }],
             current_user: 0,
             selected_user: false,
             switches: 0,
@@ -143,6 +146,44 @@ impl Mmu {
             Class::Supervisor => &mut self.supervisor,
             Class::SupervisorAc => &mut self.supervisor_ac,
         }
+    }
+
+    /// What is known of the address space in use with regard to direct execution.
+    pub(crate) fn space(&mut self) -> &mut Space {
+        &mut self.users[self.current_user].space
+    }
+
+    /// The number of the address space in use.
+    pub(crate) fn space_index(&self) -> usize {
+        self.current_user
+    }
+
+    /// The set for user accesses.
+    pub(crate) fn user_set(&mut self) -> &mut TlbSet {
+        &mut self.users[self.current_user].set
+    }
+
+    /// Empties the jump tables of the address space in use.
+    pub(crate) fn flush_space_jumps(&mut self) {
+        self.user_set().flush_jumps();
+    }
+
+    /// An address space is not executed directly any more.
+    pub(crate) fn end_space(&mut self, index: usize) {
+        if let Some(user) = self.users.get_mut(index) {
+            user.set.mirror = None;
+            user.space.put_off();
+        }
+    }
+
+    /// None is.
+    pub(crate) fn end_all_spaces(&mut self) {
+        (0..self.users.len()).for_each(|index| self.end_space(index));
+    }
+
+    /// The block behind a physical page (its address) and the offset there, if it is RAM.
+    pub(crate) fn block_of(&mut self, gpa: u64) -> Option<(usize, u64)> {
+        if gpa & !PAGE_MASK == self.apic_page { None } else { self.phys.block_of(gpa) }
     }
 
     fn each_set(&mut self, mut f: impl FnMut(&mut TlbSet)) {
@@ -349,7 +390,7 @@ impl SoftVp {
         let chosen = match found {
             Some(i) => i,
             None if mmu.users.len() < USER_SETS => {
-                mmu.users.push(UserSpace { set: TlbSet::new(), pcid, used: 0 });
+                mmu.users.push(UserSpace { set: TlbSet::new(), space: Space::default(), pcid, used: 0 });
                 mmu.users.len() - 1
             }
             None => {
@@ -357,6 +398,7 @@ impl SoftVp {
                 oldest.map_or(0, |(i, _)| i)
             }
         };
+        let always = self.partition.options.direct == partition::DirectMode::Always;
         let user = &mut mmu.users[chosen];
         let kept = found.is_some() && keep;
         self.counts.add(if kept { Count::SpacesKept } else { Count::SpacesFlushed }, 1);
@@ -365,6 +407,12 @@ impl SoftVp {
         }
         user.pcid = pcid;
         user.used = mmu.switches;
+        if user.space.loaded(self.s.cr3 & 0x000f_ffff_ffff_f000, always) {
+            user.set.mirror = None;
+            if let Some(direct) = &mut self.direct {
+                direct.leave(chosen);
+            }
+        }
         mmu.current_user = chosen;
         self.s.tlb.code_epoch += 1;
         self.select_tlb();
@@ -459,7 +507,7 @@ impl SoftVp {
         }
     }
 
-    fn is_watched(&self, la: u64) -> bool {
+    pub(crate) fn is_watched(&self, la: u64) -> bool {
         !self.mmu.watched.is_empty() && self.mmu.watched.contains(&(la & !PAGE_MASK))
     }
 }

@@ -53,6 +53,18 @@ impl PhysMap {
         self.last = 0;
     }
 
+    /// The mappings.
+    pub fn mappings(&self) -> &[Mapping] {
+        &self.mappings
+    }
+
+    /// The block of RAM that holds `gpa` (its address), and the offset there.
+    pub fn block_of(&mut self, gpa: u64) -> Option<(usize, u64)> {
+        self.page(gpa).filter(|p| p.writable)?;
+        let m = &self.mappings[self.last];
+        Some((Arc::as_ptr(&m.block).addr(), m.offset + (gpa - m.gpa.0)))
+    }
+
     /// The mapped page that holds `gpa`.
     #[inline]
     pub fn page(&mut self, gpa: u64) -> Option<PhysPage> {
@@ -62,6 +74,7 @@ impl PhysMap {
         }
         let m = self.mappings.get(self.last).filter(|m| inside(m))?;
         let page = ((m.offset + (gpa - m.gpa.0)) / PAGE_SIZE) as usize;
+        m.block.used(page);
         Some(PhysPage {
             host: m.block.as_ptr().wrapping_add(page * PAGE_SIZE as usize),
             writable: m.access == Access::Ram,
@@ -132,6 +145,15 @@ impl SoftVp {
     #[inline]
     pub(super) fn phys_page(&mut self, gpa: u64) -> Option<PhysPage> {
         if gpa & !PAGE_MASK == self.mmu.apic_page { None } else { self.mmu.phys.page(gpa) }
+    }
+
+    /// May a process map this page, which `la` translates to? `Some`: it may, for writing too or not.
+    pub(crate) fn plain_page(&mut self, la: u64, gpa: u64, write: bool) -> Option<bool> {
+        if self.is_watched(la) {
+            return None;
+        }
+        let page = self.phys_page(gpa).filter(|p| p.writable)?;
+        Some(write && self.may_cache_write(&page))
     }
 
     /// Reads guest physical memory; what is not mapped is read from the local APIC or the machine.

@@ -8,6 +8,7 @@
 //! would hit a zero tag (there it is [`EMPTY_SLOT0`]). So fresh zeroed memory is an empty set, and an idle VP's sets cost
 //! nothing. Flushing costs as much as was filled: a log names the filled slots.
 
+use crate::direct::mirror::Mirror;
 use crate::translate::jump_table::JumpTable;
 use std::alloc::{Layout, alloc_zeroed, handle_alloc_error};
 use std::ops::{Index, IndexMut};
@@ -133,6 +134,8 @@ pub struct TlbSet {
     pub jumps: JumpTable,
     /// The same for 16- and 32-bit code.
     pub offset_jumps: Option<Box<OffsetJumps>>,
+    /// What a process has mapped that executes this address space directly.
+    pub mirror: Option<Box<Mirror>>,
 }
 
 /// A filter of region numbers: says of some that are not there that they may be, never the reverse. INVLPG of a user
@@ -194,6 +197,7 @@ impl TlbSet {
             code_huge: Regions::new(),
             jumps: JumpTable::new(),
             offset_jumps: None,
+            mirror: None,
         }
     }
 
@@ -254,6 +258,9 @@ impl TlbSet {
         self.local.clear();
         self.code_epochs[0] += 1;
         self.jumps.flush_local();
+        if let Some(mirror) = &mut self.mirror {
+            mirror.clear();
+        }
         if let Some(offset) = &mut self.offset_jumps {
             offset.jumps.flush_local();
         }
@@ -272,6 +279,9 @@ impl TlbSet {
         self.huge.clear();
         self.flush_code();
         self.flush_jumps();
+        if let Some(mirror) = &mut self.mirror {
+            mirror.clear();
+        }
     }
 
     /// Empties the jump tables.
@@ -303,6 +313,9 @@ impl TlbSet {
     /// Drops what may translate this address: its slot, and every slot that may belong to the same large page.
     pub fn invalidate(&mut self, la: u64) {
         let page = la & !PAGE_MASK;
+        if let Some(mirror) = &mut self.mirror {
+            mirror.invalidate(la);
+        }
         if self.huge.may_have(la >> HUGE_SHIFT) {
             for slot in 0..SLOTS {
                 if self.slots[slot].tag_r >> HUGE_SHIFT == la >> HUGE_SHIFT {
@@ -340,6 +353,9 @@ impl TlbSet {
 
     /// Drops write tags of one physical page (`Some`) or of all.
     pub fn drop_write(&mut self, gpa_page: Option<u64>) {
+        if let Some(mirror) = &mut self.mirror {
+            mirror.drop_write(gpa_page);
+        }
         for log in [&self.local, &self.global] {
             for &slot in log {
                 let slot = usize::from(slot);

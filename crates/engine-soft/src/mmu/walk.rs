@@ -31,6 +31,19 @@ pub struct Walked {
     pub shift: u32,
 }
 
+/// What [`SoftVp::peek`] has found.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Peeked {
+    /// Physical address.
+    pub(crate) gpa: u64,
+    /// Writable, and the D bit is set.
+    pub(crate) write: bool,
+    /// Executable.
+    pub(crate) execute: bool,
+    /// log2 of the page size.
+    pub(crate) shift: u32,
+}
+
 /// The shape of a paging mode.
 #[derive(Clone, Copy)]
 struct Format {
@@ -101,6 +114,37 @@ impl SoftVp {
             table = value & entry_address_mask(format);
             level -= 1;
         }
+    }
+
+    /// What ring 3 may do at `la` without a change of the page tables, which are 4-level ones: the walk sets no A or D bit, and
+    /// finds nothing where one would have to be set.
+    pub(crate) fn peek(&mut self, la: u64) -> Option<Peeked> {
+        let mut table = self.s.cr3 & 0x000f_ffff_ffff_f000;
+        let (mut write, mut execute) = (true, true);
+        for level in (1..=FOUR_LEVEL.levels).rev() {
+            let shift = 12 + FOUR_LEVEL.bits * (level - 1);
+            let index = (la >> shift) & ((1 << FOUR_LEVEL.bits) - 1);
+            let value = self.read_entry((table + index * 8) & self.mmu.a20_mask, 8);
+            let leaf = level == 1 || (value & PS != 0 && self.large_allowed(FOUR_LEVEL, level));
+            let wanted = P | US | A;
+            if value & wanted != wanted || value & self.reserved(FOUR_LEVEL, level, leaf) != 0 {
+                return None;
+            }
+            write &= value & RW != 0;
+            execute &= value & NX == 0;
+            if leaf {
+                let gpa = (frame(FOUR_LEVEL, shift, value) | (la & ((1u64 << shift) - 1))) & self.mmu.a20_mask;
+                return Some(Peeked { gpa, write: write && value & D != 0, execute, shift });
+            }
+            table = value & 0x000f_ffff_ffff_f000;
+        }
+        None
+    }
+
+    /// Is there anything in the part of the address space that the top-level entry of `la` covers (512 GiB)?
+    pub(crate) fn peek_top(&mut self, la: u64) -> bool {
+        let table = self.s.cr3 & 0x000f_ffff_ffff_f000;
+        self.read_entry((table + (la >> 39 & 0x1ff) * 8) & self.mmu.a20_mask, 8) & P != 0
     }
 
     /// Where the walk starts: the format, the first table, and rights so far. `None`: a PDPTE that is not present.

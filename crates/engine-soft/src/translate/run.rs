@@ -170,6 +170,9 @@ unsafe extern "C" fn advance(vp: *mut SoftVp, value: u64, code: u64) -> u64 {
         if vp.s.attention.load(Ordering::SeqCst) != 0 || vp.activity != Activity::Running || !translates(vp) {
             return 0;
         }
+        if vp.is_direct() {
+            return 0;
+        }
         prepare(vp, t);
         let link = (code == thunks::code::LINK).then_some(link as u32);
         if exit.is_none()
@@ -294,6 +297,10 @@ fn run_with(vp: &mut SoftVp, t: &mut Translator) {
         if assumed != vp.s.jit.assumed {
             vp.s.jit.assumed = assumed;
             flush(vp, t);
+        }
+        if vp.goes_direct() {
+            crate::direct::run::run(vp);
+            continue;
         }
         sync_mode(vp, t);
         let block = if translates(vp) { find(vp, t, Shape::Grouped) } else { None };

@@ -258,6 +258,15 @@ impl Bench {
 
     /// Runs all VPs, each on its thread, until one writes PORT_DONE. Panics after `limit`.
     pub fn run(&mut self, limit: Duration) -> u32 {
+        self.run_as(limit, false)
+    }
+
+    /// As [`Bench::run`], after [`Vp::prepare`] on each VP's thread.
+    pub fn run_prepared(&mut self, limit: Duration) -> u32 {
+        self.run_as(limit, true)
+    }
+
+    fn run_as(&mut self, limit: Duration, prepare: bool) -> u32 {
         self.clock.start();
         self.board.finished.store(false, Ordering::SeqCst);
         *self.board.done.lock().unwrap() = None;
@@ -269,6 +278,9 @@ impl Bench {
             for vp in &mut self.vps {
                 let board = board.clone();
                 threads.push(scope.spawn(move || -> Result<(), EngineError> {
+                    if prepare {
+                        vp.prepare();
+                    }
                     while !board.finished.load(Ordering::SeqCst) {
                         if vp.run(&*board)? == RunExit::TripleFault {
                             let s = vp.state()?;
