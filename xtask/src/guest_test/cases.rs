@@ -428,6 +428,10 @@ pub fn all(long_seconds: u32) -> Vec<Case> {
         ..Boot::new("bookworm-cloud", 2, format!("viridian.test=stress viridian.args={seconds}"))
     };
     cases.push(boot("stress/verify", stress(10)));
+    // All user code that can be is executed directly, pay or not.
+    let mut direct = boot("stress/direct", Boot { options: &["--direct", "always"], ..stress(10) });
+    direct.viridian_only = true;
+    cases.push(direct);
     let mut long = boot("stress/verify-long", stress(long_seconds));
     long.long = true;
     cases.push(long);
