@@ -173,7 +173,11 @@ impl Session {
         let pid = self.child.id();
         let wall = self.started.elapsed();
         let stat = fs::read_to_string(format!("/proc/{pid}/stat")).context("the process has ended")?;
-        let cpu = cpu_time(&stat).context("unexpected format of /proc/PID/stat")?;
+        let mut cpu = cpu_time(&stat).context("unexpected format of /proc/PID/stat")?;
+        for child in children(pid) {
+            let stat = fs::read_to_string(format!("/proc/{child}/stat")).unwrap_or_default();
+            cpu += cpu_time(&stat).unwrap_or_default();
+        }
         let smaps = fs::read_to_string(format!("/proc/{pid}/smaps")).unwrap_or_default();
         Ok(Usage { wall, cpu, overhead: resident_outside(&smaps, u64::from(memory_mib) << 20) })
     }
@@ -259,14 +263,29 @@ impl Drop for Session {
     }
 }
 
-/// Processor time of a process's living threads, in nanoseconds' resolution; nothing when it is gone.
+/// The living children of a process: those of a worker execute guest code for it.
+fn children(process: u32) -> Vec<u32> {
+    let Ok(all) = fs::read_dir("/proc") else { return Vec::new() };
+    all.filter_map(|entry| {
+        let pid = entry.ok()?.file_name().to_str()?.parse().ok()?;
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        // Behind the name: state and parent.
+        let parent: u32 = stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()?;
+        (parent == process).then_some(pid)
+    })
+    .collect()
+}
+
+/// Processor time of the living threads of a process and of its children, in nanoseconds' resolution; nothing when it is gone.
 pub fn thread_time(process: u32) -> Duration {
-    let Ok(threads) = fs::read_dir(format!("/proc/{process}/task")) else { return Duration::ZERO };
-    let nanoseconds = threads
-        .filter_map(|t| fs::read_to_string(t.ok()?.path().join("schedstat")).ok())
-        .filter_map(|text| text.split_whitespace().next()?.parse::<u64>().ok())
-        .sum();
-    Duration::from_nanos(nanoseconds)
+    let of = |process: u32| -> u64 {
+        let Ok(threads) = fs::read_dir(format!("/proc/{process}/task")) else { return 0 };
+        threads
+            .filter_map(|t| fs::read_to_string(t.ok()?.path().join("schedstat")).ok())
+            .filter_map(|text| text.split_whitespace().next()?.parse::<u64>().ok())
+            .sum()
+    };
+    Duration::from_nanos(std::iter::once(process).chain(children(process)).map(of).sum())
 }
 
 /// Fields 14 and 15 of `/proc/PID/stat` (proc(5)): user and system time in ticks of 10 ms.
