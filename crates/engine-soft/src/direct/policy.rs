@@ -3,12 +3,15 @@
 //! Going in and coming back costs some ten microseconds, and every page that is used must be mapped first. So an address
 //! space is tried when interrupts have found it in user mode a few times running, and an account is kept: time in guest
 //! code counts for what the translator would have taken longer, everything else against it. Who is overdrawn is given up,
-//! and tried again after twice as many interrupts.
+//! and tried again after four times as many interrupts.
 
 /// Interrupts in user mode before the first try.
 const FIRST: u32 = 4;
 /// Most interrupts before a try.
 const LAST: u32 = 256;
+/// Milliseconds that may be lost by the first try, and by later ones.
+const FIRST_LOSS: i64 = 25;
+const LATER_LOSS: i64 = 12;
 /// The translator takes this many times as long as the processor, beyond the processor's own time.
 const GAIN: i64 = 2;
 
@@ -84,7 +87,7 @@ impl Space {
     pub fn end(&mut self) {
         self.active = false;
         self.seen = 0;
-        self.needed = (self.needed * 2).min(LAST);
+        self.needed = (self.needed * 4).min(LAST);
     }
 
     /// It is not any more, through no fault of its own.
@@ -124,8 +127,9 @@ impl Space {
         self.stretch = self.stretch.saturating_add(guest);
         let most = (second / 100) as i64;
         self.account = self.account.saturating_add(GAIN * guest as i64).saturating_sub(around as i64).min(most);
-        // What a program's pages cost at first may be lost.
-        self.always || self.account > -(second as i64 / 25)
+        // What a program's pages cost at first may be lost; less of it when it has been lost once.
+        let least = if self.needed <= FIRST { FIRST_LOSS } else { LATER_LOSS };
+        self.always || self.account > -((second / 1000) as i64 * least)
     }
 }
 
@@ -149,15 +153,15 @@ mod tests {
         assert!(!s.now() && s.active() && !s.resume() && s.resume() && s.now());
         s.suspend(1_000_000);
         assert!(!s.resume() && !s.resume() && !s.resume() && s.resume());
-        // Forty milliseconds may be lost.
+        // 25 milliseconds may be lost.
         let second = 1_000_000;
         assert!(s.spent(100_000, 1000, second));
-        assert!(s.spent(0, 45_000, second), "what was won is bounded, but counts");
+        assert!(s.spent(0, 30_000, second), "what was won is bounded, but counts");
         assert!(!s.spent(0, 5_000, second));
-        assert!(!Space { always: false, ..Space::default() }.spent(0, 45_000, second));
-        assert!(Space { always: true, ..Space::default() }.spent(0, 45_000, second));
+        assert!(!Space { always: false, ..Space::default() }.spent(0, 30_000, second));
+        assert!(Space { always: true, ..Space::default() }.spent(0, 30_000, second));
         s.end();
-        for _ in 0..7 {
+        for _ in 0..15 {
             s.interrupted(true);
         }
         assert!(!s.wanted());
