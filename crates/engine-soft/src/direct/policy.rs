@@ -3,7 +3,7 @@
 //! Going in and coming back costs some ten microseconds, and every page that is used must be mapped first. So an address
 //! space is tried when interrupts have found it in user mode a few times running, and an account is kept: time in guest
 //! code counts for what the translator would have taken longer, everything else against it. Who is overdrawn is given up,
-//! and tried again after four times as many interrupts.
+//! and tried again after twice as many interrupts.
 
 /// Interrupts in user mode before the first try.
 const FIRST: u32 = 4;
@@ -11,9 +11,9 @@ const FIRST: u32 = 4;
 const LAST: u32 = 256;
 /// Milliseconds that may be lost by the first try, and by later ones.
 const FIRST_LOSS: i64 = 40;
-const LATER_LOSS: i64 = 12;
+const LATER_LOSS: i64 = 20;
 /// The translator takes this many times as long as the processor, beyond the processor's own time.
-const GAIN: i64 = 2;
+const GAIN: i64 = 3;
 
 /// What is known of an address space.
 #[derive(Debug)]
@@ -87,7 +87,7 @@ impl Space {
     pub fn end(&mut self) {
         self.active = false;
         self.seen = 0;
-        self.needed = (self.needed * 4).min(LAST);
+        self.needed = (self.needed * 2).min(LAST);
     }
 
     /// It is not any more, through no fault of its own.
@@ -161,7 +161,7 @@ mod tests {
         assert!(!Space { always: false, ..Space::default() }.spent(0, 45_000, second));
         assert!(Space { always: true, ..Space::default() }.spent(0, 45_000, second));
         s.end();
-        for _ in 0..15 {
+        for _ in 0..7 {
             s.interrupted(true);
         }
         assert!(!s.wanted());
