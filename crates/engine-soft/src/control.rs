@@ -138,6 +138,12 @@ impl SoftVp {
         Ok(d)
     }
 
+    /// User code has jumped to this code segment while it was executed directly; RIP is there.
+    pub(crate) fn found_in_segment(&mut self, selector: u16) -> Exec {
+        let d = self.code_segment(selector, |d| d.dpl() == 3 && !d.is_conforming())?;
+        self.enter_code(d, self.s.rip, 3)
+    }
+
     fn enter_code(&mut self, mut d: Descriptor, offset: u64, cpl: u8) -> Exec {
         self.mark_accessed(&mut d)?;
         let mut segment = d.segment;

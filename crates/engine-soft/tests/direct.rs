@@ -41,6 +41,8 @@ fn kernel(b: &Bench) {
     for (i, d) in user.into_iter().enumerate() {
         b.memory.write_plain(Gpa(GDT + 0x28 + 8 * i as u64), &d).unwrap();
     }
+    // 32-bit user code at 0x20.
+    b.memory.write_plain(Gpa(GDT + 0x20), &0x00cf_fb00_0000_ffffu64).unwrap();
     // TSS at 0x38, with RSP0.
     let tss = 0x7_8000u64;
     b.memory
@@ -371,6 +373,49 @@ fn the_processor_is_the_guests() {
     });
     assert!(log.iter().all(|v| *v != 0xffff_ffff));
     assert_eq!((log[3], log[4], log[5]), (7, 0x33, 0));
+}
+
+#[test]
+fn thirty_two_bit_code_is_entered_and_left() {
+    compare(|a| {
+        let mut round = a.create_label();
+        let (code, back) = (SMALL + 5 * 0x1000, SMALL + 6 * 0x1000);
+        // Far code that comes back: MOV ECX, [page that faults]; INC EAX; DEC EAX; INC EAX (one byte each); JMP 33:back.
+        a.mov(rbx, code).unwrap();
+        let page = (SMALL + 7 * 0x1000) as u32;
+        let mut bytes = vec![0x8b, 0x0d];
+        bytes.extend_from_slice(&page.to_le_bytes());
+        bytes.extend_from_slice(&[0x40, 0x48, 0x40, 0xea]);
+        bytes.extend_from_slice(&(back as u32).to_le_bytes());
+        bytes.extend_from_slice(&[0x33, 0x00]);
+        for (n, byte) in bytes.into_iter().enumerate() {
+            a.mov(byte_ptr(rbx + n as i32), i32::from(byte)).unwrap();
+        }
+        a.mov(rbx, back).unwrap();
+        // RET, through the address that was pushed.
+        a.mov(byte_ptr(rbx), 0xc3).unwrap();
+        a.xor(eax, eax).unwrap();
+        a.mov(r12d, 30u32).unwrap();
+        a.set_label(&mut round).unwrap();
+        let mut next = a.create_label();
+        a.lea(rdx, ptr(next)).unwrap();
+        a.push(rdx).unwrap();
+        a.push(0x23).unwrap();
+        a.mov(rdx, code).unwrap();
+        a.push(rdx).unwrap();
+        a.db(&[0x48, 0xcb]).unwrap(); // RETFQ
+        a.set_label(&mut next).unwrap();
+        a.mov(r13d, eax).unwrap();
+        call(a, PROTECT, |a| {
+            a.mov(esi, 7u32).unwrap();
+        });
+        a.mov(eax, r13d).unwrap();
+        a.dec(r12d).unwrap();
+        a.jnz(round).unwrap();
+        call(a, END, |a| {
+            a.mov(esi, r13d).unwrap();
+        });
+    });
 }
 
 #[test]

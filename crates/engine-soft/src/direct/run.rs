@@ -602,7 +602,8 @@ impl SoftVp {
 
     /// A selector that user code has loaded while it was executed directly.
     fn load_found_selector(&mut self, n: usize, selector: u16) {
-        if let Err(fault) = self.load_segment(n, selector) {
+        let loaded = if n == sreg::CS { self.found_in_segment(selector) } else { self.load_segment(n, selector) };
+        if let Err(fault) = loaded {
             crate::exception::deliver(self, fault);
         }
     }
