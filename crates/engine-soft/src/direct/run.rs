@@ -5,7 +5,7 @@
 //! translated code has too: *this one instruction* is executed by the interpreter, with all that follows from it.
 
 use super::mirror::{Change, Mirror, Rights};
-use super::process::{MapOp, Process, Prot, Stop, user_regs};
+use super::process::{MapOp, Process, Prot, Stop, USER_END, USER_START, user_regs};
 use super::{Direct, scan};
 use crate::interp;
 use crate::mmu::Class;
@@ -24,10 +24,6 @@ use x86::xsave;
 /// Selectors of user code that a process of Linux has, and so must the guest's: its code can read them.
 const USER_CS: u16 = 0x33;
 const USER_SS: u16 = 0x2b;
-/// End of what a process can map.
-const USER_END: u64 = 0x7fff_ffff_f000;
-/// Below, an ordinary process can map nothing (vm.mmap_min_addr).
-const USER_START: u64 = 64 << 10;
 /// RFLAGS bits that user code changes at will.
 const FLAGS: u64 = rflags::STATUS | rflags::DF | rflags::TF | rflags::AC | STICKY;
 /// Those of them that a process's registers cannot be given.
@@ -162,12 +158,10 @@ impl SoftVp {
     }
 
     /// Gives the address space in use up.
-    fn end_direct(&mut self, forever: bool) {
+    fn end_direct(&mut self) {
         let index = self.mmu.space_index();
         self.mmu.end_space(index);
-        if !forever {
-            self.mmu.space().end();
-        }
+        self.mmu.space().end();
         if let Some(direct) = &mut self.direct {
             direct.leave(index);
         }
@@ -191,7 +185,7 @@ pub fn run(vp: &mut SoftVp) {
         Ok(go_on) => {
             vp.direct = Some(direct);
             if !go_on {
-                vp.end_direct(false);
+                vp.end_direct();
             }
         }
         Err(error) => {
@@ -209,14 +203,15 @@ fn execute(vp: &mut SoftVp, direct: &mut Direct, seat: usize) -> io::Result<bool
     let second = vp.partition.clock.tsc_frequency_hz();
     let waker = vp.partition.shared(vp.index).waker.clone();
     let mut registers = Registers { regs: user_regs(), away: false };
-    // What the guest's kernel has just mapped at the place of the last fault is used at once.
     // The stub and its commands must not stand where the guest has something.
     if vp.peek_top(Process::RESERVED.start) {
         vp.suspend_direct();
         return Ok(true);
     }
-    if let Some((root, rip, address)) = vp.run.direct_fault.take()
-        && (root, rip) == (vp.s.cr3, vp.s.rip)
+    // What the guest's kernel has just mapped at the place of the last fault is used at once. (RIP may be behind it by now: an
+    // instruction that is returned to with RF set is interpreted.)
+    if let Some((root, address)) = vp.run.direct_fault.take()
+        && root == vp.s.cr3
     {
         map_missing(vp, direct, address);
     }
@@ -226,6 +221,8 @@ fn execute(vp: &mut SoftVp, direct: &mut Direct, seat: usize) -> io::Result<bool
             break;
         }
         if !update(vp, direct, seat)? {
+            // The host refuses to map: without a pause the run loop would come back here at once, and again.
+            vp.suspend_direct();
             break;
         }
         if !registers.away && !send(vp, direct, seat, &mut registers)? {
@@ -330,7 +327,7 @@ fn see_to(
     }
     bring_back(vp, direct, seat, registers)?;
     vp.counts.add(Count::DirectSingles, 1);
-    let (root, rip) = (vp.s.cr3, vp.s.rip);
+    let root = vp.s.cr3;
     interp::one(vp);
     if vp.s.cpl == 3 {
         // A write has set the D bit: the page can be mapped for writing now.
@@ -339,7 +336,7 @@ fn see_to(
         }
         return Ok(true);
     }
-    vp.run.direct_fault = missing.map(|address| (root, rip, address));
+    vp.run.direct_fault = missing.map(|address| (root, address));
     Ok(false)
 }
 
@@ -588,7 +585,12 @@ impl SoftVp {
     /// The physical page that ring 3 reads at `la`, whether it may be written as it is, and log2 of the guest's page size. Sets the
     /// A bit. `None`: not without a fault, or not plain memory.
     fn user_page(&mut self, la: u64) -> Option<(u64, bool, u32)> {
-        self.fill_user(la)?;
+        debug_assert_eq!(self.access_class(), Class::User);
+        // A probe of a watched page would count as an access to it.
+        if self.is_watched(la) {
+            return None;
+        }
+        self.probe_read(la, 1).ok()?;
         self.user_page_around(la)
     }
 
@@ -606,10 +608,5 @@ impl SoftVp {
         if let Err(fault) = loaded {
             crate::exception::deliver(self, fault);
         }
-    }
-
-    fn fill_user(&mut self, la: u64) -> Option<()> {
-        debug_assert_eq!(self.access_class(), Class::User);
-        self.probe_read(la, 1).ok()
     }
 }

@@ -53,11 +53,6 @@ impl PhysMap {
         self.last = 0;
     }
 
-    /// The mappings.
-    pub fn mappings(&self) -> &[Mapping] {
-        &self.mappings
-    }
-
     /// The block of RAM that holds `gpa` (its address), and the offset there.
     pub fn block_of(&mut self, gpa: u64) -> Option<(usize, u64)> {
         self.page(gpa).filter(|p| p.writable)?;

@@ -44,9 +44,9 @@ const BATCH: usize = 128;
 /// Bytes of the commands.
 const SHARED: usize = BATCH * size_of::<Command>();
 /// End of user space with four-level page tables: the kernel keeps the last page free.
-const USER_END: u64 = 0x7fff_ffff_f000;
+pub(super) const USER_END: u64 = 0x7fff_ffff_f000;
 /// The lowest address that an ordinary process may map (vm.mmap_min_addr).
-const USER_START: u64 = 64 << 10;
+pub(super) const USER_START: u64 = 64 << 10;
 /// What ends [`Process::run`] early.
 const INTERRUPT: i32 = libc::SIGUSR1;
 /// `PTRACE_GET_RSEQ_CONFIGURATION` (linux/ptrace.h).
