@@ -76,9 +76,14 @@ struct TestArgs {
     /// Duration of the long stress test in seconds
     #[arg(long, default_value_t = 60)]
     stress_seconds: u32,
-    /// Duration of each fuzz target in seconds (two run at a time); 0 leaves the step out
-    #[arg(long, default_value_t = 60)]
-    fuzz_seconds: u32,
+    /// Duration of each fuzz target in seconds (two run at a time); 0 leaves the step out [default: 60, from seeds that
+    /// are always the same]
+    #[arg(long, value_name = "SECONDS")]
+    fuzz_seconds: Option<u32>,
+    /// Seed of all tests that make up their input. Without it they start from the same seeds each time, with --long (and
+    /// fuzz targets with --fuzz-seconds) from a new one, which is printed
+    #[arg(long)]
+    seed: Option<u64>,
     /// Run guest tests on the optimised binary, and fuzz targets optimised, with all checks
     #[arg(long)]
     release: bool,
@@ -268,6 +273,7 @@ fn run(cli: Cli) -> Result<ExitCode> {
             long: args.long,
             stress_seconds: args.stress_seconds,
             fuzz_seconds: args.fuzz_seconds,
+            seed: args.seed,
             release: args.release,
             patience: args.patience,
         }),

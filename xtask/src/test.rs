@@ -6,7 +6,7 @@ use crate::vm::Contender;
 use anyhow::{Context, Result};
 use std::io::{BufRead, BufReader, Write as _};
 use std::process::{Command, ExitCode, Stdio};
-use std::time::Instant;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 /// What to run.
 pub struct Options {
@@ -22,8 +22,10 @@ pub struct Options {
     pub long: bool,
     /// Duration of the long stress run.
     pub stress_seconds: u32,
-    /// Duration of each fuzz target; 0 leaves them to the unit tests.
-    pub fuzz_seconds: u32,
+    /// Duration of each fuzz target, when one is asked for; 0 leaves them to the unit tests.
+    pub fuzz_seconds: Option<u32>,
+    /// Seed of all tests that make up their input, when one is asked for.
+    pub seed: Option<u64>,
     /// Run the optimised binary in guests' tests, and fuzz targets in the profile `fuzz`.
     pub release: bool,
     /// Factor on time limits.
@@ -92,6 +94,36 @@ const PLAIN_FUZZ: Step = Step {
     arguments: &["test", "--workspace", "--test", "fuzz", "--test", "hostile_code", "--quiet"],
 };
 
+/// Duration of each fuzz target when none is asked for.
+const FUZZ_SECONDS: u32 = 60;
+
+/// What gives a test that makes up its input its seed. Each has a seed of its own without it, but for proptest's.
+const SEEDS: &[&str] = &["VIRIDIAN_SEED", "VIRIDIAN_DIFF_SEED", "VIRIDIAN_FUZZ_SEED", PROPTEST_SEED];
+/// proptest asks the system for a seed where this is not set.
+const PROPTEST_SEED: &str = "PROPTEST_RNG_SEED";
+
+/// The seeds of one step, as variables of its environment; what is set there already stays as it is.
+///
+/// What decides whether a change lands must decide the same each time, so a run starts from the same seeds as the one
+/// before. What is there to find new faults looks elsewhere each time, and says where.
+fn seeds(step: &Step, options: &Options, fresh: u64) -> Vec<(&'static str, u64)> {
+    let fuzz = step.name == FUZZ.name;
+    if !fuzz && step.name != NEXTEST.name {
+        return Vec::new();
+    }
+    let search = options.long || fuzz && options.fuzz_seconds.is_some();
+    match options.seed.or(search.then_some(fresh)) {
+        Some(seed) => SEEDS.iter().map(|name| (*name, seed)).collect(),
+        None => vec![(PROPTEST_SEED, 1)],
+    }
+}
+
+/// A seed that no earlier run had.
+fn fresh_seed() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    since.as_nanos() as u64 | 1
+}
+
 /// What must be left of the host's memory beside a guest's.
 const HOST_RESERVE_MIB: u32 = 1024;
 
@@ -112,7 +144,7 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     let nextest = has_nextest();
     let units: &[Step] = if nextest { &[NEXTEST, EXAMPLES] } else { &[PLAIN] };
     let fuzz = if nextest { &FUZZ } else { &PLAIN_FUZZ };
-    let fuzz = (options.fuzz_seconds > 0).then_some(fuzz);
+    let fuzz = (options.fuzz_seconds != Some(0)).then_some(fuzz);
     let mut cases = guest_test::all(options.stress_seconds);
     cases.retain(|c| {
         let named = options.only.as_ref().is_some_and(|o| c.name.contains(o.as_str()));
@@ -139,8 +171,9 @@ pub fn run(options: &Options) -> Result<ExitCode> {
     }
 
     let mut tally = Tally::default();
+    let fresh = fresh_seed();
     for step in steps {
-        tally.add(run_step(step, options)?);
+        tally.add(run_step(step, options, &seeds(step, options, fresh))?);
     }
     if !options.no_guests && !cases.is_empty() {
         println!("guest tests on {} ({} cases)", options.contender, cases.len());
@@ -173,7 +206,7 @@ fn has_nextest() -> bool {
 
 /// Runs one step, passes its output on, and counts the tests that its own summaries speak of; a step without a
 /// summary is one test.
-fn run_step(step: &Step, options: &Options) -> Result<Tally> {
+fn run_step(step: &Step, options: &Options, seeds: &[(&'static str, u64)]) -> Result<Tally> {
     let mut arguments = step.arguments.to_vec();
     let fuzz = step.name == FUZZ.name;
     if fuzz && options.release {
@@ -188,7 +221,12 @@ fn run_step(step: &Step, options: &Options) -> Result<Tally> {
         crate::efi::without_hosts_flags(&mut command);
     }
     if fuzz {
-        command.env("VIRIDIAN_FUZZ_SECONDS", options.fuzz_seconds.to_string());
+        command.env("VIRIDIAN_FUZZ_SECONDS", options.fuzz_seconds.unwrap_or(FUZZ_SECONDS).to_string());
+    }
+    let given = seeds.iter().filter(|(name, _)| std::env::var_os(name).is_none());
+    command.envs(given.map(|(name, seed)| (name, seed.to_string())));
+    if let [(_, seed), _, ..] = seeds {
+        println!("  seed {seed}: `cargo xtask test --only {} --seed {seed}` starts from it again", step.name);
     }
     if [NEXTEST.name, FUZZ.name].contains(&step.name) {
         // Secure Boot's rule is tested on real images, and disk images against other programs: all are packages.
@@ -272,6 +310,34 @@ fn summary(line: &str) -> Option<Tally> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn only_what_searches_has_new_seeds() {
+        let mut options = Options {
+            only: None,
+            no_guests: false,
+            list: false,
+            contender: "soft".into(),
+            long: false,
+            stress_seconds: 60,
+            fuzz_seconds: None,
+            seed: None,
+            release: false,
+            patience: 1,
+        };
+        let of = |step: &Step, options: &Options| seeds(step, options, 77);
+        let all = |seed: u64| SEEDS.iter().map(|name| (*name, seed)).collect::<Vec<_>>();
+        for step in [&NEXTEST, &PLAIN, &FUZZ, &PLAIN_FUZZ] {
+            assert_eq!(of(step, &options), [(PROPTEST_SEED, 1)], "{}", step.name);
+        }
+        assert!(of(&EXAMPLES, &options).is_empty());
+        options.fuzz_seconds = Some(3600);
+        assert_eq!((of(&NEXTEST, &options), of(&FUZZ, &options)), (vec![(PROPTEST_SEED, 1)], all(77)));
+        options.long = true;
+        assert_eq!((of(&NEXTEST, &options), of(&FUZZ, &options)), (all(77), all(77)));
+        options.seed = Some(5);
+        assert_eq!((of(&PLAIN, &options), of(&PLAIN_FUZZ, &options)), (all(5), all(5)));
+    }
 
     #[test]
     fn summaries() {

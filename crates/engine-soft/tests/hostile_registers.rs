@@ -105,7 +105,8 @@ const MSRS: &[u32] = &[
 
 #[test]
 fn random_registers() {
-    let seed = std::env::var("VIRIDIAN_SEED").ok().and_then(|s| s.parse().ok()).unwrap_or(0x5eed_0001_u64);
+    let seed: u64 =
+        std::env::var("VIRIDIAN_SEED").map_or(0x5eed_0001, |s| s.parse().expect("VIRIDIAN_SEED is a number"));
     println!("seed {seed} (VIRIDIAN_SEED repeats it)");
     for vendor in [b"Genu", b"Auth"] {
         let mut random = Random(seed);

@@ -295,8 +295,8 @@ fn compare(cases: u64, seed: u64) {
 
 #[test]
 fn random_sequences_end_alike() {
-    let cases = std::env::var("DIFF_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(3000);
-    let seed = std::env::var("DIFF_SEED").ok().and_then(|n| n.parse().ok()).unwrap_or(0x1234_5678_9abc_def1);
+    let cases = std::env::var("VIRIDIAN_DIFF_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(3000);
+    let seed = std::env::var("VIRIDIAN_DIFF_SEED").ok().and_then(|n| n.parse().ok()).unwrap_or(0x1234_5678_9abc_def1);
     compare(cases, seed);
 }
 
