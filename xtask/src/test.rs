@@ -91,7 +91,22 @@ const FUZZ: Step = Step {
 const PLAIN_FUZZ: Step = Step {
     name: "fuzz",
     workspace: ".",
-    arguments: &["test", "--workspace", "--test", "fuzz", "--test", "hostile_code", "--quiet"],
+    // Two at a time, as nextest does; their growth is that of one process.
+    arguments: &[
+        "test",
+        "--workspace",
+        "--no-fail-fast",
+        "--test",
+        "fuzz",
+        "--test",
+        "hostile",
+        "--test",
+        "hostile_code",
+        "--quiet",
+        "--",
+        "--test-threads",
+        "2",
+    ],
 };
 
 /// Duration of each fuzz target when none is asked for.

@@ -6,6 +6,7 @@
 //! watched by pages without access on both sides of guest RAM (a stray access is a SIGSEGV that ends the test) and by
 //! patterns behind the mapped part of the block.
 
+use fuzzing::Effort;
 use partition::{
     Access, Clock, DirectMode, EngineOptions, Gpa, GuestMemory, MemoryBlock, PartitionConfig, TranslateMode,
 };
@@ -280,7 +281,7 @@ fn fuzz(translate: TranslateMode) {
         let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
             set_up(&mut vp, &memory, mode, &mut r);
             let before = vp.s.instructions;
-            let began = Instant::now();
+            let effort = Effort::begin();
             for step in 0..300u32 {
                 let bits = vp.s.attention.load(Ordering::Relaxed);
                 if bits & attention::REQUEST != 0 {
@@ -302,7 +303,7 @@ fn fuzz(translate: TranslateMode) {
                 }
             }
             vp.s.attention.fetch_and(!attention::KICK, Ordering::Relaxed);
-            assert!(began.elapsed() < Duration::from_secs(10), "300 steps took {:?}", began.elapsed());
+            assert!(effort.spent() < Duration::from_secs(10), "300 steps took {:?}", effort.spent());
             vp.s.instructions - before
         }));
         match outcome {

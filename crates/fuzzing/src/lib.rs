@@ -139,9 +139,11 @@ pub fn rounds(name: &str, default: Duration, mut round: impl FnMut(&mut Rng)) ->
         let seed = first.wrapping_add(count);
         let mut rng = Rng::new(seed);
         let result = catch_unwind(AssertUnwindSafe(|| round(&mut rng)));
+        assert!(result.is_ok(), "{name}: a panic in this round: VIRIDIAN_FUZZ_SEED={seed} brings it again");
         assert!(
-            result.is_ok() && !PANICKED.load(Ordering::SeqCst),
-            "{name}: a panic in this round: VIRIDIAN_FUZZ_SEED={seed} brings it again"
+            !PANICKED.load(Ordering::SeqCst),
+            "{name}: a panic on another thread, see above: one of a device of this round (VIRIDIAN_FUZZ_SEED={seed}), or \
+             that of another target in the same process"
         );
         count += 1;
         // By now everything that is made once has been made.
@@ -155,6 +157,27 @@ pub fn rounds(name: &str, default: Duration, mut round: impl FnMut(&mut Rng)) ->
     }
     say(count, &before);
     count
+}
+
+/// Processor time that the calling thread has used since [`Effort::begin`]: what an endless loop uses up, and what a busy
+/// or suspended host leaves as it is. Tests whether something ends soon go by it, and not by the clock on the wall.
+pub struct Effort(Duration);
+
+impl Effort {
+    /// From now on.
+    pub fn begin() -> Self {
+        Self(Self::of_thread())
+    }
+
+    /// Until now, on the same thread.
+    pub fn spent(&self) -> Duration {
+        Self::of_thread().saturating_sub(self.0)
+    }
+
+    fn of_thread() -> Duration {
+        let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+        Duration::new(time.tv_sec.try_into().unwrap_or(0), time.tv_nsec.try_into().unwrap_or(0))
+    }
 }
 
 /// A number in the environment.
@@ -213,6 +236,14 @@ mod tests {
         assert_eq!(rng.below(0), 0);
         let hits = (0..10_000).filter(|_| rng.one_in(10)).count();
         assert!((800..1200).contains(&hits), "{hits} of 10000");
+    }
+
+    #[test]
+    fn sleep_is_no_effort() {
+        let effort = Effort::begin();
+        std::thread::sleep(Duration::from_millis(300));
+        assert!(effort.spent() < Duration::from_millis(200), "{:?}", effort.spent());
+        while effort.spent() < Duration::from_millis(20) {}
     }
 
     #[test]

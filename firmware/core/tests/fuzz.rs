@@ -2,12 +2,12 @@
 //! are the guest's own code, built for the host.
 //!
 //! Each target runs for 3 s, or `VIRIDIAN_FUZZ_SECONDS`; see the crate `fuzzing`. It fails on a panic, on an input that takes more
-//! than two seconds, and on a broken promise that the target states.
+//! than two seconds of the processor, and on a broken promise that the target states.
 //! With `VIRIDIAN_EFI_TREE` (see `real_images.rs`) the corpus has real signed images, without it only made ones.
 
-use fuzzing::{Rng, rounds};
+use fuzzing::{Effort, Rng, rounds};
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use uefi_core::block::{BlockDevice, MemoryDisk};
 use uefi_core::devpath::{DevicePath, text};
 use uefi_core::fat::FatVolume;
@@ -106,9 +106,10 @@ fn fuzz(
         let mut input = corpus[random.index(corpus.len())].clone();
         let range = hot(&input);
         random.mutate(&mut input, range);
-        let begun = Instant::now();
+        let effort = Effort::begin();
         target(random, &input);
-        assert!(begun.elapsed() < SLOW, "{name}: one input of {} bytes took {:?}", input.len(), begun.elapsed());
+        let spent = effort.spent();
+        assert!(spent < SLOW, "{name}: one input of {} bytes took {spent:?}", input.len());
     });
 }
 

@@ -40,19 +40,19 @@ fn the_maximum_is_kept_in_units_of_8_kib() {
     // 20 requests of 40 KiB are 100 operations.
     let large = reads(&disk, 20, 40960);
     assert!(large > Duration::from_millis(350), "{large:?}");
-    // Without limits again, and with requests waiting when the limit goes.
+    // Without limits again, and with requests waiting when the limit goes. With it they would take 20 seconds.
     let (tx, rx) = mpsc::channel();
-    for _ in 0..400 {
+    for _ in 0..4000 {
         let tx = tx.clone();
         let buffer = Some(IoBuffer::aligned(8192));
         disk.submit(RequestKind::Read, 0, 8192, buffer, Box::new(move |c| tx.send(c.result).expect("waits")));
     }
     let started = Instant::now();
     disk.set_qos(Qos::default()).expect("sets");
-    for _ in 0..400 {
+    for _ in 0..4000 {
         rx.recv().expect("ends").expect("reads");
     }
-    assert!(started.elapsed() < Duration::from_millis(1500), "{:?}", started.elapsed());
+    assert!(started.elapsed() < Duration::from_secs(10), "{:?}", started.elapsed());
     assert!(disk.set_qos(Qos { maximum: Some(0), minimum: None }).is_err());
 }
 
