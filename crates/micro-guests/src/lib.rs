@@ -4,10 +4,13 @@
 //! harness makes a partition with a little RAM, puts a VP into the mode that the guest wants, runs it through the public
 //! [`partition::Engine`] interface, and compares what it reported through a port with what the manual says.
 //!
+//! Or, as a file that loaders take ([`elf`]), in a whole machine.
+//!
 //! It may use: `partition`, `x86`, an assembler. It must never know: which engine it runs on.
 #![forbid(unsafe_code)]
 
 pub mod chapters;
+pub mod elf;
 pub mod layout;
 
 use iced_x86::code_asm::CodeAssembler;
