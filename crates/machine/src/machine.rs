@@ -2,7 +2,7 @@
 
 use crate::acpi;
 use crate::board::Board;
-use crate::boot::{self, BootError};
+use crate::boot::{self, BootError, BootFiles};
 use crate::bus::{Bus, DeviceCounts};
 use crate::config::{BootSource, MEMORY_BYTES, MachineConfig, StorageUnit};
 use crate::dump;
@@ -102,6 +102,8 @@ pub struct Parts<'a> {
     pub generation2: Vec<Arc<dyn chipset::Device>>,
     /// The partition's memory, clock and timers, if the caller needed them before (a guest interface does).
     pub base: Option<Base>,
+    /// Files to boot from that are open already.
+    pub boot: BootFiles,
     /// Called on each VP's thread before it executes guest code for the first time.
     pub vp_started: Option<VpStarted>,
     /// Hears events, on VP threads; must not block.
@@ -178,6 +180,7 @@ impl PowerSink for PowerSwitch {
 /// A machine. Its owner calls it from one thread at a time.
 pub struct Machine {
     config: MachineConfig,
+    boot_files: BootFiles,
     /// The units that a restored machine begins with, if they are no longer those of `config`.
     storage: Mutex<Option<Vec<StorageUnit>>>,
     memory: Arc<GuestMemory>,
@@ -242,6 +245,7 @@ impl Machine {
         Ok(Self {
             tables: acpi::tables(config.processors, config.hyperv),
             config,
+            boot_files: parts.boot,
             storage: Mutex::new(None),
             memory: base.memory,
             clock: base.clock,
@@ -301,7 +305,7 @@ impl Machine {
                 as_firmware_leaves(&mut state, vp == 0);
             }
             if vp == 0 {
-                state = boot::load(&self.config, &self.memory, self.tables.rsdp, state)?;
+                state = boot::load(&self.config, &self.boot_files, &self.memory, self.tables.rsdp, state)?;
             }
             self.vcpus.set_state(vp as usize, state)?;
         }

@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
+use viridian_machine::boot::BootFiles;
 use viridian_machine::config::EntryMode;
 use viridian_machine::machine::Parts;
 use viridian_machine::{BootSource, Event, Machine, MachineConfig, Serial, save};
@@ -40,6 +41,7 @@ fn make(config: MachineConfig, script: Script) -> (Machine, Receiver<Event>) {
         generation2: Vec::new(),
         vp_started: None,
         base: None,
+        boot: BootFiles::default(),
         events: Arc::new(move |event| drop(sender.lock().unwrap().send(event))),
     };
     (Machine::new(config, parts).unwrap(), events)

@@ -444,15 +444,15 @@ pub(crate) fn open_chain(path: &Path, o: &ChainOptions) -> Result<Chain> {
     };
     let mut chain = Chain { images: vec![open(storage, format, o.write)?], paths: vec![path.to_path_buf()] };
     let lock = if o.lock == Lock::None { Lock::None } else { Lock::Shared };
-    let mut seen = vec![identity(path)?];
+    let mut seen = vec![identity(path, o)?];
     while let Some(link) = chain.images.last().and_then(|i| i.facts.link.clone()) {
         let child = chain.paths.last().cloned().unwrap_or_default();
         let bad = |detail: String| Error::Parent { child: child.clone(), detail };
         if chain.images.len() == MAX_CHAIN {
             return Err(bad(format!("the chain has more than {MAX_CHAIN} images")));
         }
-        let parent = find_parent(&child, &link)?;
-        let id = identity(&parent)?;
+        let parent = find_parent(&child, &link, o)?;
+        let id = identity(&parent, o)?;
         if seen.contains(&id) {
             return Err(bad(format!("{} is already in the chain: the chain is a loop", parent.display())));
         }
@@ -491,7 +491,7 @@ fn open_file(
     o: &ChainOptions,
     lock: Lock,
 ) -> Result<Arc<dyn Storage>> {
-    if let Some((_, file)) = o.files.iter().flat_map(|files| files.iter()).find(|(known, _)| known == path) {
+    if let Some(file) = given(path, o) {
         return Ok(Arc::new(OsFile::from_file(file, path, lock)?));
     }
     // Which sector size direct I/O must allow is known only after reading: 512 always does.
@@ -502,9 +502,16 @@ fn open_file(
     Ok(Arc::new(OsFile::open(path, write, o.direct.then_some(sector), lock)?))
 }
 
-fn identity(path: &Path) -> Result<(u64, u64)> {
+/// The file that somebody else has opened at `path`. The path itself may be out of this process's reach.
+fn given<'a>(path: &Path, o: &'a ChainOptions) -> Option<&'a std::fs::File> {
+    let files = o.files.as_deref()?;
+    files.iter().find(|(known, _)| known == path).map(|(_, file)| file)
+}
+
+fn identity(path: &Path, o: &ChainOptions) -> Result<(u64, u64)> {
     use std::os::unix::fs::MetadataExt;
-    let m = std::fs::metadata(path).map_err(Error::io(path, "stat"))?;
+    let m = given(path, o).map_or_else(|| std::fs::metadata(path), std::fs::File::metadata);
+    let m = m.map_err(Error::io(path, "stat"))?;
     Ok((m.dev(), m.ino()))
 }
 
@@ -535,9 +542,9 @@ pub(crate) fn candidates(child: &Path, link: &ParentLink) -> Vec<PathBuf> {
     out
 }
 
-fn find_parent(child: &Path, link: &ParentLink) -> Result<PathBuf> {
+fn find_parent(child: &Path, link: &ParentLink, o: &ChainOptions) -> Result<PathBuf> {
     let tried = candidates(child, link);
-    tried.iter().find(|p| p.is_file()).cloned().ok_or_else(|| Error::Parent {
+    tried.iter().find(|p| given(p, o).is_some() || p.is_file()).cloned().ok_or_else(|| Error::Parent {
         child: child.to_path_buf(),
         detail: format!(
             "not found at {}; use `viridian vhd reparent`",

@@ -2,7 +2,7 @@
 
 use crate::run::WorkerError;
 use crate::screen::Screen;
-use crate::units::Units;
+use crate::units::{Given, Units};
 use machine::MachineConfig;
 use machine::hyperv::HyperV;
 use machine::machine::Base;
@@ -40,14 +40,15 @@ pub struct Devices {
 }
 
 impl Devices {
-    /// Makes the interface and all devices.
+    /// Makes the interface and all devices; `images` as for [`Units::new`].
     pub fn new(
         config: &MachineConfig,
+        images: Vec<Given>,
         base: &Base,
         abilities: Abilities,
         cpu_signature: u32,
     ) -> Result<Self, WorkerError> {
-        let units = Units::new(&config.storage, config.processors).map_err(WorkerError::Setup)?;
+        let units = Units::new(&config.storage, images, config.processors).map_err(WorkerError::Setup)?;
         let (heartbeat, shutdown) = (Heartbeat::new(), Shutdown::new());
         let (kvp, vss, file_copy) = (Kvp::new(), Vss::new(), FileCopy::new());
         let keyboard = Keyboard::new();

@@ -19,6 +19,7 @@ pub mod control;
 pub mod engines;
 pub mod firmware;
 pub mod hyperv;
+mod opened;
 pub mod reporter;
 pub mod run;
 pub mod sandbox;

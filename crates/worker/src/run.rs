@@ -6,6 +6,7 @@ use crate::control::{Context, Control};
 use crate::engines::{self, EngineChoice};
 use crate::firmware::{self, FirmwareOptions};
 use crate::hyperv::Devices;
+use crate::opened::{Opened, Reach};
 pub use crate::reporter::Reporter;
 use crate::sandbox;
 use crate::screen::Screen;
@@ -224,11 +225,20 @@ pub fn run(options: &RunOptions) -> Result<Outcome, WorkerError> {
         Control::bind(path).map_err(|e| WorkerError::Setup(format!("control socket {}: {e}", path.display())))
     });
     let (control, listener) = control.transpose()?.unzip();
+    let opened = Opened::new(&options.start, options.confine.is_some())?;
     // While the process has one thread.
-    let mut confined = options.confine.as_ref().map(sandbox::confine);
+    let mut confined = match &options.confine {
+        Some(files) => {
+            let reach = Reach::now(files, &opened);
+            let report = sandbox::confine(files);
+            reach.is_kept()?;
+            Some(report)
+        }
+        None => None,
+    };
     // Before anything that a signal should undo.
     catch_signals(sender.clone())?;
-    let prepared = prepare(options, &reporter, sender)?;
+    let prepared = prepare(options, opened, &reporter, sender)?;
     let Prepared { machine, mut plugged, console, devices, bios, engine, processes, restored } = prepared;
     if let Some(confined) = &mut confined {
         sandbox::filter(confined, processes);
@@ -288,18 +298,13 @@ struct Prepared {
     restored: bool,
 }
 
-fn prepare(options: &RunOptions, reporter: &Arc<Reporter>, sender: Sender<Wake>) -> Result<Prepared, WorkerError> {
-    let (config, restore) = match &options.start {
-        Start::Boot(config) => (config.clone(), None),
-        Start::Restore { file: path, storage } => {
-            let (header, file) = open_state(path)?;
-            let mut config = header.config.clone();
-            if let Some(storage) = storage {
-                config.storage.clone_from(storage);
-            }
-            (config, Some((path, header, file)))
-        }
-    };
+fn prepare(
+    options: &RunOptions,
+    opened: Opened,
+    reporter: &Arc<Reporter>,
+    sender: Sender<Wake>,
+) -> Result<Prepared, WorkerError> {
+    let Opened { config, restore, images, boot } = opened;
     check_host_memory(config.memory_bytes)?;
     let engine = engines::choose(options.engine).map_err(WorkerError::Engine)?;
     let processes = engine.uses_processes(&options.engine_options);
@@ -322,7 +327,7 @@ fn prepare(options: &RunOptions, reporter: &Arc<Reporter>, sender: Sender<Wake>)
     let mut devices = match config.hyperv {
         true => {
             let signature = cpuid.first().map_or(0, |t| t.get(1, 0).eax);
-            Some(Devices::new(&config, &base, engine.abilities(), signature)?)
+            Some(Devices::new(&config, images, &base, engine.abilities(), signature)?)
         }
         false if !config.storage.is_empty() => {
             return Err(WorkerError::Setup("--disk and --dvd are on VMBus and need --hyperv on".into()));
@@ -365,6 +370,7 @@ fn prepare(options: &RunOptions, reporter: &Arc<Reporter>, sender: Sender<Wake>)
         generation2: generation2.map(|bios| bios as Arc<dyn chipset::Device>).into_iter().collect(),
         guest_interface: devices.as_ref().map(|d| d.interface.clone() as Arc<dyn GuestInterface>),
         base: Some(base),
+        boot,
         vp_started: vp_started(options, processes),
         // A run loop that has gone away does not need the event.
         events: Arc::new(move |event| drop(events.send(Wake::Machine(event)))),
@@ -373,7 +379,7 @@ fn prepare(options: &RunOptions, reporter: &Arc<Reporter>, sender: Sender<Wake>)
     let restored = restore.is_some();
     match restore {
         Some((path, header, file)) => {
-            machine.restore(&header, file).map_err(|source| WorkerError::State { path: path.clone(), source })?
+            machine.restore(&header, file).map_err(|source| WorkerError::State { path, source })?
         }
         None => machine.boot().map_err(WorkerError::Machine)?,
     }
@@ -626,7 +632,7 @@ pub fn saved_config(path: &Path) -> Result<MachineConfig, WorkerError> {
     open_state(path).map(|(header, _)| header.config)
 }
 
-fn open_state(path: &Path) -> Result<(Header, BufReader<File>), WorkerError> {
+pub(crate) fn open_state(path: &Path) -> Result<(Header, BufReader<File>), WorkerError> {
     let failed = |source: save::SaveError| WorkerError::State { path: path.into(), source: source.into() };
     let file = File::open(path).map_err(|e| failed(e.into()))?;
     let mut reader = BufReader::with_capacity(1 << 20, file);

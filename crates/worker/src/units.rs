@@ -51,9 +51,9 @@ fn open(path: &Path, write: bool, given: Given) -> Result<Arc<Disk>, String> {
 }
 
 impl Units {
-    /// Opens the images of a machine's configuration. The first controller is always there: units can be added to it
-    /// later.
-    pub fn new(config: &[StorageUnit], processors: u32) -> Result<Self, String> {
+    /// Opens the images of a machine's configuration, those of `given` where there are some (one for each unit, in the same
+    /// order). The first controller is always there: units can be added to it later.
+    pub fn new(config: &[StorageUnit], given: Vec<Given>, processors: u32) -> Result<Self, String> {
         let mut controllers = BTreeMap::from([(0, StorageController::new(0, processors))]);
         for unit in config {
             if unit.controller >= MOST_CONTROLLERS {
@@ -62,7 +62,8 @@ impl Units {
             controllers.entry(unit.controller).or_insert_with(|| StorageController::new(unit.controller, processors));
         }
         let units = Self { controllers, list: Mutex::default(), alerts: Arc::default() };
-        config.iter().try_for_each(|unit| units.attach(unit.clone(), Given::new()))?;
+        let given = given.into_iter().chain(std::iter::repeat_with(Given::new));
+        config.iter().zip(given).try_for_each(|(unit, images)| units.attach(unit.clone(), images))?;
         Ok(units)
     }
 

@@ -1,13 +1,12 @@
 //! Generation 2: Viridian's UEFI and the configuration blob that tells it what machine it is in.
 
-use super::BootError;
+use super::{BootError, BootFiles};
 use crate::config::MachineConfig;
 use crate::layout::{self, RangeKind, frame_buffer};
 use crate::{acpi, smbios};
 use bios::blob::{BlobBuilder, flags, kind};
 use bios::{firmware, volume};
 use partition::{GuestMemory, VpState};
-use std::io::Read as _;
 use std::path::Path;
 use x86::regs::{cr0, cr4, efer, gpr};
 use x86::segment::{Segment, TableRegister, attr, sreg};
@@ -25,11 +24,11 @@ pub struct Blob<'a> {
     pub first: Option<&'a str>,
 }
 
-/// Places the firmware, Viridian's own or the one in a file, and returns the state in which VP 0 enters it.
+/// Places the firmware, Viridian's own or `image` ([`read_image`]), and returns the state in which VP 0 enters it.
 pub fn load(
     config: &MachineConfig,
     what: &Blob<'_>,
-    image: Option<&Path>,
+    image: Option<(&Path, Vec<u8>)>,
     memory: &GuestMemory,
     mut state: VpState,
 ) -> Result<VpState, BootError> {
@@ -37,15 +36,15 @@ pub fn load(
         return Err(BootError::FirmwareMemory { needed: LEAST_MEMORY >> 20 });
     }
     let blob = blob(config, what, image.is_some());
-    let entry = match image {
+    let entry = match &image {
         None => {
             firmware::place(memory, &blob)?;
             0
         }
-        Some(path) => {
-            let image = read_image(path)?;
-            let entry = volume::entry(&image).map_err(|reason| BootError::Firmware { path: path.into(), reason })?;
-            firmware::place_image(memory, &image, &blob)?;
+        Some((path, image)) => {
+            let entry =
+                volume::entry(image).map_err(|reason| BootError::Firmware { path: path.to_path_buf(), reason })?;
+            firmware::place_image(memory, image, &blob)?;
             entry
         }
     };
@@ -76,12 +75,8 @@ pub fn load(
 }
 
 /// Reads a firmware file; one that is much too large is not read whole.
-fn read_image(path: &Path) -> Result<Vec<u8>, BootError> {
-    let error = |source| BootError::File { path: path.into(), source };
-    let mut image = Vec::new();
-    let file = std::fs::File::open(path).map_err(error)?;
-    file.take(volume::SIZE as u64 + 1).read_to_end(&mut image).map_err(error)?;
-    Ok(image)
+pub fn read_image<'a>(files: &BootFiles, path: &'a Path) -> Result<(&'a Path, Vec<u8>), BootError> {
+    Ok((path, files.read(path, volume::SIZE as u64 + 1)?))
 }
 
 /// The blob. A firmware other than Viridian's own also gets what that one knows without being told.

@@ -9,6 +9,8 @@ pub mod pvh;
 use crate::config::{BootSource, EntryMode, MachineConfig};
 use crate::layout::{self, RangeKind};
 use partition::{Gpa, GuestMemory, MemoryError, VpState};
+use std::fs::File;
+use std::io::{Read as _, Seek as _};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use thiserror::Error;
@@ -70,8 +72,36 @@ pub enum BootError {
     Memory(#[from] MemoryError),
 }
 
-fn read_file(path: &Path) -> Result<Vec<u8>, BootError> {
-    std::fs::read(path).map_err(|source| BootError::File { path: path.into(), source })
+/// Files to boot from that are open already, by path: for a process that gives up the right to open them before it boots,
+/// and boots again at each reset. Others are opened when they are needed.
+#[derive(Debug, Default)]
+pub struct BootFiles(Vec<(PathBuf, File)>);
+
+impl BootFiles {
+    /// Takes regular files.
+    pub fn new(files: Vec<(PathBuf, File)>) -> Self {
+        Self(files)
+    }
+
+    /// Their paths.
+    pub fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.0.iter().map(|(path, _)| path.as_path())
+    }
+
+    /// Reads a file from its beginning, at most `most` bytes of it.
+    fn read(&self, path: &Path, most: u64) -> Result<Vec<u8>, BootError> {
+        let error = |source| BootError::File { path: path.into(), source };
+        let mut bytes = Vec::new();
+        match self.0.iter().find(|(known, _)| known == path) {
+            Some((_, file)) => {
+                let mut file = file;
+                file.rewind().and_then(|()| file.take(most).read_to_end(&mut bytes))
+            }
+            None => File::open(path).and_then(|file| file.take(most).read_to_end(&mut bytes)),
+        }
+        .map_err(error)?;
+        Ok(bytes)
+    }
 }
 
 /// What a kernel loader gets.
@@ -144,7 +174,14 @@ impl Load<'_> {
 }
 
 /// Loads what the configuration says and returns the state in which VP 0 starts. `state` is the reset state.
-pub fn load(config: &MachineConfig, memory: &GuestMemory, rsdp: u64, state: VpState) -> Result<VpState, BootError> {
+pub fn load(
+    config: &MachineConfig,
+    files: &BootFiles,
+    memory: &GuestMemory,
+    rsdp: u64,
+    state: VpState,
+) -> Result<VpState, BootError> {
+    let read_file = |path: &Path| files.read(path, u64::MAX);
     match &config.boot {
         BootSource::Kernel { kernel, initrd, command_line } => {
             let image = read_file(kernel)?;
@@ -163,7 +200,8 @@ pub fn load(config: &MachineConfig, memory: &GuestMemory, rsdp: u64, state: VpSt
         }
         BootSource::Firmware { name, pause_after_failure, first, image } => {
             let blob = firmware::Blob { name, pause_after_failure: *pause_after_failure, first: first.as_deref() };
-            firmware::load(config, &blob, image.as_deref(), memory, state)
+            let image = image.as_deref().map(|path| firmware::read_image(files, path)).transpose()?;
+            firmware::load(config, &blob, image, memory, state)
         }
         BootSource::Flat { image, address, mode } => {
             memory.write(Gpa(*address), image)?;

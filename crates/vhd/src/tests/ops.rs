@@ -153,6 +153,34 @@ fn chains_are_checked_merged_and_moved() {
     }
 }
 
+/// Somebody else's open files are enough: where the paths lead does not matter any more.
+#[test]
+fn a_chain_opens_from_files_that_are_given() {
+    let (_d, at) = dir();
+    let (base, child) = (at("there/base.vhdx"), at("there/child.vhdx"));
+    std::fs::create_dir(at("there")).expect("makes");
+    make(&base, Format::Vhdx, DiskType::Dynamic, 8 * MIB, None);
+    scribble(&open(&base), 1, 20);
+    make(&child, Format::Vhdx, DiskType::Differencing, 8 * MIB, Some(base.clone()));
+    let disk = open(&child);
+    scribble(&disk, 2, 10);
+    let want = content(&disk);
+    drop(disk);
+    let file = |path: &Path, write| std::fs::File::options().read(true).write(write).open(path).expect("opens");
+    let files = vec![(child.clone(), file(&child, true)), (base.clone(), file(&base, false))];
+    let with =
+        |files| OpenOptions { write: true, io: Io::Blocking, files: Some(Arc::new(files)), ..Default::default() };
+    std::fs::rename(at("there"), at("elsewhere")).expect("renames");
+    assert!(Disk::open(&child, &with(Vec::new())).is_err());
+    let disk = Disk::open(&child, &with(files)).expect("opens");
+    assert!(content(&disk) == want);
+    scribble(&disk, 3, 10);
+    let want = content(&disk);
+    drop(disk);
+    std::fs::rename(at("elsewhere"), at("there")).expect("renames");
+    assert!(content(&open(&child)) == want);
+}
+
 #[test]
 fn a_changed_parent_is_noticed() {
     let (_d, at) = dir();
