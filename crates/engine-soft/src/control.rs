@@ -580,6 +580,7 @@ impl SoftVp {
         if self.s.efer & efer::SCE == 0 || !self.protected() || (!self.mode64() && !self.vendor_is_amd()) {
             return Err(Fault::UD);
         }
+        self.run.user_exits += u64::from(self.s.cpl == 3);
         let selector = (self.s.star >> 32) as u16 & 0xfffc;
         if long {
             let target = if self.mode64() { self.s.lstar } else { self.s.cstar };

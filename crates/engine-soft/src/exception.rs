@@ -46,6 +46,7 @@ pub(crate) struct Event {
 pub fn deliver(vp: &mut SoftVp, fault: Fault) {
     let Some((number, error)) = note(vp, fault) else { return };
     vp.counts.add(if number == vector::PF { Count::PageFaults } else { Count::Exceptions }, 1);
+    vp.run.user_exits += u64::from(vp.s.cpl == 3);
     deliver_exception(vp, number, error);
 }
 

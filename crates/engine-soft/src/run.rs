@@ -32,6 +32,8 @@ pub struct RunState {
     pub(crate) calls: u32,
     /// A panic that must not unwind through translated code.
     pub(crate) panic: Option<Box<dyn std::any::Any + Send>>,
+    /// System calls by SYSCALL and exceptions in ring 3.
+    pub(crate) user_exits: u64,
     /// Where direct execution met a fault that the guest sees to (CR3, address): it will want the page.
     pub(crate) direct_fault: Option<(u64, u64)>,
     /// What translated code may rely on ([`crate::translate::facts`]).

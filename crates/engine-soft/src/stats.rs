@@ -67,8 +67,18 @@ counts! {
     DirectSingles = "instructions interpreted for them",
     /// Changes of what is mapped for it.
     DirectChanges = "mappings made for them",
+    /// Times that code that cannot be executed directly was left to the translator until it left its page.
+    DirectAsides = "pages left to the translator",
+    /// Times that an address space was put aside for some interrupts.
+    DirectSuspends = "direct executions put aside",
     /// Host TSC ticks in user code executed directly.
     DirectTicks = "% of time in user code executed directly",
+    /// Host TSC ticks around it: going in, coming back, and what stopped it, as far as it was seen to there.
+    DirectAround = "% of time going in and coming back",
+    /// Host TSC ticks of these in making mappings.
+    DirectMapTicks = "% of time making mappings for it",
+    /// Host TSC ticks of these in looking code through.
+    DirectScanTicks = "% of time looking code through",
     /// Host TSC ticks in translation.
     TranslateTicks = "% of time translating",
     /// Host TSC ticks in calls from translated code (measured at one call in 64).

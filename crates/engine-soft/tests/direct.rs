@@ -361,18 +361,25 @@ fn the_processor_is_the_guests() {
         });
         a.dec(r12d).unwrap();
         a.jnz(round).unwrap();
-        // A page without any of those, so that something is executed directly.
+        // Pages without any of those, often enough that they are executed directly: 64 times CALL RBP (which returns) and
+        // INC EAX; then MOV ESI, CS and RET.
+        a.mov(rbp, SMALL + 4 * 0x1000).unwrap();
+        a.mov(byte_ptr(rbp), 0xc3).unwrap();
         a.mov(rbx, SMALL + 3 * 0x1000).unwrap();
-        a.mov(word_ptr(rbx), 0xc3c0u32).unwrap();
-        a.mov(dword_ptr(rbx), 0x00c3_c0ff).unwrap();
+        let bytes = [0x41, 0xbd, 64, 0, 0, 0, 0xff, 0xd5, 0xff, 0xc0, 0x41, 0xff, 0xcd, 0x75, 0xf7, 0x8c, 0xce, 0xc3];
+        for (n, byte) in bytes.into_iter().enumerate() {
+            a.mov(byte_ptr(rbx + n as i32), byte).unwrap();
+        }
         a.xor(eax, eax).unwrap();
         a.call(rbx).unwrap();
+        a.mov(r13d, eax).unwrap();
+        call(a, LOG, |_| {});
         call(a, END, |a| {
-            a.mov(esi, eax).unwrap();
+            a.mov(esi, r13d).unwrap();
         });
     });
     assert!(log.iter().all(|v| *v != 0xffff_ffff));
-    assert_eq!((log[3], log[4], log[5]), (7, 0x33, 0));
+    assert_eq!((log[3], log[4], log[5], log.last()), (7, 0x33, 0, Some(&0x33)));
 }
 
 #[test]

@@ -13,6 +13,7 @@ pub mod scan;
 use partition::Engine;
 use partition::memory::Mapping;
 use process::{Process, Tsc};
+use std::collections::HashMap;
 use std::os::fd::BorrowedFd;
 use std::sync::Arc;
 
@@ -31,13 +32,30 @@ struct Seat {
     state: Box<[u8; x86::xsave::AREA_SIZE]>,
 }
 
+/// A page of code and what lies around it: guest physical addresses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+struct Place {
+    gpa: u64,
+    before: Option<u64>,
+    /// If it is executable.
+    after: Option<u64>,
+    /// The page before is executable.
+    seam: bool,
+}
+
 /// What a VP has for direct execution.
 pub struct Direct {
     seats: Vec<Seat>,
     /// Blocks of guest memory that the processes can map, in their order.
     blocks: Vec<Arc<partition::MemoryBlock>>,
+    /// Pages of code that have been looked through: the generations of the page and its neighbours then, and whether it may be
+    /// executed directly. (A neighbour that is not executable is not tracked: its bytes only help to find where instructions
+    /// begin.)
+    looked_at: HashMap<Place, ([u32; 3], bool)>,
     /// Uses of seats.
     turns: u64,
+    /// The last interrupt that was looked at: when it came (host TSC ticks), and how many exits from user mode there had been.
+    looked: (u64, u64),
     /// Host TSC ticks of going in and coming back.
     overhead: u64,
 }
@@ -68,7 +86,7 @@ impl Direct {
                 state: Box::new([0; x86::xsave::AREA_SIZE]),
             });
         }
-        let mut direct = Self { seats, blocks, turns: 0, overhead: 0 };
+        let mut direct = Self { seats, blocks, looked_at: HashMap::new(), turns: 0, looked: (0, 0), overhead: 0 };
         direct.overhead = direct.measure()?;
         Ok(direct)
     }

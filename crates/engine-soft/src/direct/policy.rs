@@ -5,15 +5,24 @@
 //! code counts for what the translator would have taken longer, everything else against it. Who is overdrawn is given up,
 //! and tried again after twice as many interrupts.
 
+use x86::paging::PAGE_MASK;
+
 /// Interrupts in user mode before the first try.
-const FIRST: u32 = 4;
+const FIRST: u32 = 2;
 /// Most interrupts before a try.
 const LAST: u32 = 256;
 /// Milliseconds that may be lost by the first try, and by later ones.
-const FIRST_LOSS: i64 = 40;
-const LATER_LOSS: i64 = 20;
+const FIRST_LOSS: i64 = 60;
+const LATER_LOSS: i64 = 30;
 /// The translator takes this many times as long as the processor, beyond the processor's own time.
-const GAIN: i64 = 3;
+const GAIN: i64 = 4;
+/// Milliseconds that are remembered as won.
+const MOST_WON: i64 = 50;
+/// Rounds of the run loop for which the translator goes on after it has left a page that it must have.
+const LINGER: u32 = 24;
+
+/// So many times in a row may code that cannot be executed directly be come to after a fifth of a millisecond.
+const HOT: u32 = 8;
 
 /// What is known of an address space.
 #[derive(Debug)]
@@ -29,6 +38,12 @@ pub struct Space {
     always: bool,
     /// Not until the next interrupt: it executes code that cannot be executed directly.
     suspended: bool,
+    /// The page (its linear address) of such code that is being executed by the translator.
+    aside: Option<u64>,
+    /// Rounds of the run loop for which the translator goes on behind it.
+    linger: u32,
+    /// Times lately that such a page was come to after a short stretch.
+    hot: u32,
     /// Interrupts until it goes on, and how many they were at first.
     left: u32,
     pause: u32,
@@ -47,6 +62,9 @@ impl Default for Space {
             active: false,
             always: false,
             suspended: false,
+            aside: None,
+            linger: 0,
+            hot: 0,
             left: 0,
             pause: 1,
             stretch: 0,
@@ -67,9 +85,10 @@ impl Space {
         active
     }
 
-    /// An interrupt has come, in user mode or not.
-    pub fn interrupted(&mut self, user: bool) {
-        self.seen = if user { self.seen.saturating_add(1) } else { self.seen.saturating_sub(1) };
+    /// An interrupt has come, in user mode or not. `calm`: since the last one few system calls and exceptions have ended direct
+    /// execution, or would have.
+    pub fn interrupted(&mut self, user: bool, calm: bool) {
+        self.seen = if user && calm { self.seen.saturating_add(1) } else { self.seen.saturating_sub(1) };
     }
 
     /// Is it to be tried?
@@ -81,6 +100,7 @@ impl Space {
     pub fn begin(&mut self) {
         (self.active, self.suspended, self.account) = (true, false, 0);
         (self.pause, self.stretch) = (1, 0);
+        (self.aside, self.hot) = (None, 0);
     }
 
     /// It is not any more, and is tried again later.
@@ -101,9 +121,45 @@ impl Space {
         self.active
     }
 
-    /// Is it to be executed directly now?
-    pub fn now(&self) -> bool {
-        self.active && !self.suspended
+    /// Is code at this linear address to be executed directly now?
+    pub fn now(&self, rip: u64) -> bool {
+        self.active && !self.suspended && self.aside != Some(rip & !PAGE_MASK)
+    }
+
+    /// The page of this linear address has code that cannot be executed directly: the translator has it until it leaves the
+    /// page. Says whether that is worth while: not if it comes and goes all the time. `second`: ticks of a second.
+    pub fn step_aside(&mut self, rip: u64, second: u64) -> bool {
+        let short = self.stretch < second / 5000;
+        self.hot = if short { self.hot + 1 } else { self.hot / 2 };
+        (self.aside, self.linger) = (Some(rip & !PAGE_MASK), LINGER);
+        if self.hot < HOT {
+            self.stretch = 0;
+        }
+        self.hot < HOT
+    }
+
+    /// Is code at this linear address to be executed directly in this round of the run loop? The translator goes on for some
+    /// rounds after such a page: a function that it calls is often a short one.
+    pub fn goes(&mut self, rip: u64) -> bool {
+        if !self.active || self.suspended {
+            return false;
+        }
+        match self.aside {
+            None => true,
+            Some(page) if page == rip & !PAGE_MASK => {
+                self.linger = LINGER;
+                false
+            }
+            Some(_) => {
+                self.linger = self.linger.saturating_sub(1);
+                self.linger == 0
+            }
+        }
+    }
+
+    /// It is executed directly again.
+    pub fn back(&mut self) {
+        self.aside = None;
     }
 
     /// Not for some interrupts: more and more, if it has hardly begun. (To go on costs the translator its jump tables.)
@@ -111,6 +167,7 @@ impl Space {
     pub fn suspend(&mut self, second: u64) {
         self.pause = if self.always || self.stretch > second / 500 { 1 } else { (self.pause * 2).min(LAST) };
         (self.suspended, self.left, self.stretch) = (true, self.pause, 0);
+        (self.aside, self.hot) = (None, 0);
     }
 
     /// An interrupt has come. Says whether it goes on now.
@@ -125,7 +182,7 @@ impl Space {
     /// Ticks spent: in guest code, and on everything around it. `second`: ticks of a second. Says whether to go on.
     pub fn spent(&mut self, guest: u64, around: u64, second: u64) -> bool {
         self.stretch = self.stretch.saturating_add(guest);
-        let most = (second / 100) as i64;
+        let most = (second / 1000) as i64 * MOST_WON;
         self.account = self.account.saturating_add(GAIN * guest as i64).saturating_sub(around as i64).min(most);
         // What a program's pages cost at first may be lost; less of it when it has been lost once.
         let least = if self.needed <= FIRST { FIRST_LOSS } else { LATER_LOSS };
@@ -141,31 +198,31 @@ mod tests {
     fn a_space_is_tried_when_it_stays_in_user_mode_and_given_up_when_it_does_not_pay() {
         let mut s = Space::default();
         assert!(!s.loaded(5, false) && !s.wanted());
-        for user in [true, true, false, true, true] {
-            s.interrupted(user);
+        for (user, calm) in [(true, true), (false, true), (true, true), (true, false), (true, true)] {
+            s.interrupted(user, calm);
         }
         assert!(!s.wanted());
-        s.interrupted(true);
+        s.interrupted(true, true);
         assert!(s.wanted());
         s.begin();
-        assert!(s.now() && !s.wanted());
+        assert!(s.now(0x1000) && !s.wanted());
         s.suspend(1_000_000);
-        assert!(!s.now() && s.active() && !s.resume() && s.resume() && s.now());
+        assert!(!s.now(0x1000) && s.active() && !s.resume() && s.resume() && s.now(0x1000));
         s.suspend(1_000_000);
         assert!(!s.resume() && !s.resume() && !s.resume() && s.resume());
-        // 40 milliseconds may be lost.
+        // 60 milliseconds may be lost.
         let second = 1_000_000;
         assert!(s.spent(100_000, 1000, second));
-        assert!(s.spent(0, 45_000, second), "what was won is bounded, but counts");
-        assert!(!s.spent(0, 5_000, second));
-        assert!(!Space { always: false, ..Space::default() }.spent(0, 45_000, second));
-        assert!(Space { always: true, ..Space::default() }.spent(0, 45_000, second));
+        assert!(s.spent(0, 105_000, second), "what was won is bounded, but counts");
+        assert!(!s.spent(0, 6_000, second));
+        assert!(!Space { always: false, ..Space::default() }.spent(0, 65_000, second));
+        assert!(Space { always: true, ..Space::default() }.spent(0, 65_000, second));
         s.end();
-        for _ in 0..7 {
-            s.interrupted(true);
+        for _ in 0..3 {
+            s.interrupted(true, true);
         }
         assert!(!s.wanted());
-        s.interrupted(true);
+        s.interrupted(true, true);
         assert!(s.wanted());
         s.begin();
         assert!(s.loaded(6, false), "another address space");

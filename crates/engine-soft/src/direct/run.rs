@@ -5,8 +5,8 @@
 //! translated code has too: *this one instruction* is executed by the interpreter, with all that follows from it.
 
 use super::mirror::{Change, Mirror, Rights};
-use super::process::{MapOp, Process, Prot, Stop, USER_END, USER_START, user_regs};
-use super::{Direct, scan};
+use super::process::{Hold, MapOp, Process, Prot, Stop, USER_END, USER_START, user_regs};
+use super::{Direct, Place, scan};
 use crate::interp;
 use crate::mmu::Class;
 use crate::stats::Count;
@@ -32,11 +32,10 @@ const STICKY: u64 = rflags::NT | rflags::ID;
 const AROUND: u64 = 8;
 /// Pages of code that are looked through at a time.
 const CODE_AROUND: u64 = 8;
+/// Pages of code whose looks are remembered at most.
+const MOST_LOOKED_AT: usize = 1 << 14;
 /// Bytes of the longest instruction.
 const LONGEST: u64 = 15;
-
-/// So many times what going in and coming back costs at least is time in guest code for the most part.
-const SURE: u64 = 4;
 
 /// Where the guest's state is.
 struct Registers {
@@ -49,6 +48,7 @@ impl Direct {
     /// What going in and coming back costs at least.
     pub(super) fn measure(&mut self) -> io::Result<u64> {
         let Some(seat) = self.seats.first_mut() else { return Ok(0) };
+        let _hold = Hold::here();
         let mut times = [0; 9];
         for time in &mut times {
             let mut regs = user_regs();
@@ -68,8 +68,9 @@ impl SoftVp {
     #[inline]
     pub(crate) fn goes_direct(&mut self) -> bool {
         self.direct.is_some() && self.s.cpl == 3 && {
+            let rip = self.s.rip;
             let space = self.mmu.space();
-            (space.now() || space.wanted()) && self.enter_direct()
+            (space.goes(rip) || space.wanted()) && self.enter_direct()
         }
     }
 
@@ -77,19 +78,28 @@ impl SoftVp {
     #[inline]
     pub(crate) fn is_direct(&mut self) -> bool {
         self.direct.is_some() && self.s.cpl == 3 && {
+            let rip = self.s.rip;
             let space = self.mmu.space();
-            space.now() || space.wanted()
+            space.now(rip) || space.wanted()
         }
     }
 
     /// An interrupt (or whatever needs the VP's attention) has come.
     pub(crate) fn direct_interrupted(&mut self) {
-        if self.direct.is_none() {
-            return;
-        }
+        let second = self.partition.clock.tsc_frequency_hz();
+        let Some(direct) = &mut self.direct else { return };
+        let (now, exits) = (host_tsc(), self.run.user_exits);
+        let (since, before) = direct.looked;
+        let elapsed = now.wrapping_sub(since);
         let user = self.s.cpl == 3;
         let space = self.mmu.space();
-        space.interrupted(user);
+        // Interrupts that come in a burst say nothing.
+        if elapsed > second / 1000 {
+            direct.looked = (now, exits);
+            // To come back, to map the page that is new, and to go in: a quarter of the time at most.
+            let lost = (exits - before).saturating_mul(2 * direct.overhead);
+            space.interrupted(user, lost < elapsed / 4);
+        }
         if space.resume() && space.active() || space.wanted() {
             // Translated code must find no way back to its user code.
             self.mmu.flush_space_jumps();
@@ -155,6 +165,16 @@ impl SoftVp {
     fn suspend_direct(&mut self) {
         let second = self.partition.clock.tsc_frequency_hz();
         self.mmu.space().suspend(second);
+        self.counts.add(Count::DirectSuspends, 1);
+    }
+
+    /// The code at this linear address cannot be executed directly.
+    fn step_aside(&mut self, la: u64) {
+        let second = self.partition.clock.tsc_frequency_hz();
+        self.counts.add(Count::DirectAsides, 1);
+        if !self.mmu.space().step_aside(la, second) {
+            self.suspend_direct();
+        }
     }
 
     /// Gives the address space in use up.
@@ -172,6 +192,8 @@ impl SoftVp {
 pub fn run(vp: &mut SoftVp) {
     let Some(mut direct) = vp.direct.take() else { return };
     let index = vp.mmu.space_index();
+    let begun = host_tsc();
+    let guest_before = vp.counts.0[Count::DirectTicks as usize];
     let result = match direct.seat_for(index) {
         Some((seat, None)) => execute(vp, &mut direct, seat),
         // It was given to another address space.
@@ -181,6 +203,8 @@ pub fn run(vp: &mut SoftVp) {
             Ok(true)
         }
     };
+    let inside = vp.counts.0[Count::DirectTicks as usize] - guest_before;
+    vp.counts.add(Count::DirectAround, host_tsc().wrapping_sub(begun).saturating_sub(inside));
     match result {
         Ok(go_on) => {
             vp.direct = Some(direct);
@@ -215,10 +239,23 @@ fn execute(vp: &mut SoftVp, direct: &mut Direct, seat: usize) -> io::Result<bool
     {
         map_missing(vp, direct, address);
     }
+    // A page of code that is new is looked through before the process runs into it.
+    let rip = vp.s.rip;
+    if !is_executable(vp, rip) && matches!(map_code(vp, direct, rip), Found::Telling) {
+        vp.step_aside(rip);
+        return Ok(true);
+    }
+    vp.mmu.space().back();
+    let mut hold = None;
     let mut begun = host_tsc();
     loop {
         if vp.s.attention.load(Ordering::SeqCst) != 0 || !vp.may_be_direct() {
             break;
+        }
+        if !direct.seats[seat].process.is_brief() {
+            hold = None;
+        } else if hold.is_none() {
+            hold = Hold::here();
         }
         if !update(vp, direct, seat)? {
             // The host refuses to map: without a pause the run loop would come back here at once, and again.
@@ -244,7 +281,7 @@ fn execute(vp: &mut SoftVp, direct: &mut Direct, seat: usize) -> io::Result<bool
         vp.counts.add(Count::DirectRuns, 1);
         // How long going in and coming back takes varies: what is near it may be nothing else.
         let took = left.wrapping_sub(entered);
-        let guest = if took > SURE * overhead { took - overhead } else { 0 };
+        let guest = if took > overhead + overhead / 2 { took - overhead } else { 0 };
         vp.counts.add(Count::DirectTicks, guest);
         let around = left.wrapping_sub(begun) - guest;
         begun = left;
@@ -287,7 +324,9 @@ fn see_to(
                     match map_code(vp, direct, address) {
                         Found::Mapped => return Ok(true),
                         Found::Telling => {
-                            vp.suspend_direct();
+                            let rip = regs.rip;
+                            bring_back(vp, direct, seat, registers)?;
+                            vp.step_aside(rip);
                             return Ok(false);
                         }
                         Found::Nothing => {}
@@ -387,7 +426,9 @@ fn update(vp: &mut SoftVp, direct: &mut Direct, seat: usize) -> io::Result<bool>
             }
         }
         vp.counts.add(Count::DirectChanges, ops.len() as u64);
+        let begun = host_tsc();
         let done = direct.seats[seat].process.apply(&ops);
+        vp.counts.add(Count::DirectMapTicks, host_tsc().wrapping_sub(begun));
         let Some(mirror) = &mut vp.mmu.user_set().mirror else { return Ok(false) };
         match done {
             Ok(()) => {
@@ -470,7 +511,7 @@ fn is_executable(vp: &mut SoftVp, la: u64) -> bool {
     mirror.is_some_and(|m| m.rights(la) == Some(Rights::Execute))
 }
 
-fn map_missing(vp: &mut SoftVp, direct: &Direct, la: u64) {
+fn map_missing(vp: &mut SoftVp, direct: &mut Direct, la: u64) {
     let code = vp.s.rip & !PAGE_MASK == la & !PAGE_MASK;
     if !code || !matches!(map_code(vp, direct, la), Found::Mapped) {
         map_data(vp, direct, la);
@@ -491,7 +532,7 @@ enum Found {
 }
 
 /// Maps the page of an instruction, and others around it that are as good.
-fn map_code(vp: &mut SoftVp, direct: &Direct, la: u64) -> Found {
+fn map_code(vp: &mut SoftVp, direct: &mut Direct, la: u64) -> Found {
     let page = la & !PAGE_MASK;
     if !is_free(page) || vp.fetch_page(page).is_err() {
         return Found::Nothing;
@@ -513,7 +554,9 @@ fn map_code(vp: &mut SoftVp, direct: &Direct, la: u64) -> Found {
             continue;
         }
         let generation = vp.partition.track_code(gpa >> 12);
-        let good = looks_good(vp, at, gpa);
+        let begun = host_tsc();
+        let good = looks_good(vp, direct, at, gpa, generation);
+        vp.counts.add(Count::DirectScanTicks, host_tsc().wrapping_sub(begun));
         if good {
             let Some(mirror) = &mut vp.mmu.user_set().mirror else { return Found::Nothing };
             mirror.map(at, gpa, Rights::Execute, seen.shift, Some(generation));
@@ -525,24 +568,40 @@ fn map_code(vp: &mut SoftVp, direct: &Direct, la: u64) -> Found {
     found
 }
 
-/// Looks a page of code through, with its seams.
-fn looks_good(vp: &mut SoftVp, la: u64, gpa: u64) -> bool {
+/// Looks a page of code through, with its seams. What has been seen once, in whatever address space, is known until it changes.
+fn looks_good(vp: &mut SoftVp, direct: &mut Direct, la: u64, gpa: u64, generation: u32) -> bool {
+    let neighbour = |vp: &mut SoftVp, la: u64| vp.peek(la).map(|p| p.gpa & !PAGE_MASK);
+    let (previous, following) = (la.wrapping_sub(PAGE_SIZE), la.wrapping_add(PAGE_SIZE));
+    let before = neighbour(vp, previous);
+    let seam = before.is_some() && is_executable(vp, previous);
+    let after = if is_executable(vp, following) { neighbour(vp, following) } else { None };
+    let generations = &vp.partition.code_generations;
+    let generation_of = |gpa: Option<u64>| gpa.map_or(0, |gpa| generations.get(gpa >> 12));
+    let place = Place { gpa, before, after, seam };
+    let state = [generation, generation_of(before), generation_of(after)];
+    if let Some((seen, good)) = direct.looked_at.get(&place)
+        && *seen == state
+    {
+        return *good;
+    }
     let mut copy = [0u8; PAGE_SIZE as usize];
     let mut next = [0u8; 4];
     let mut tail = [0u8; scan::TAIL];
     vp.read_phys(gpa, &mut copy);
-    let neighbour = |vp: &mut SoftVp, la: u64| vp.peek(la).map(|p| p.gpa & !PAGE_MASK);
-    let (previous, following) = (la.wrapping_sub(PAGE_SIZE), la.wrapping_add(PAGE_SIZE));
-    let before = neighbour(vp, previous);
     if let Some(gpa) = before {
         vp.read_phys(gpa + PAGE_SIZE - scan::TAIL as u64, &mut tail);
     }
-    let after = if is_executable(vp, following) { neighbour(vp, following) } else { None };
     if let Some(gpa) = after {
         vp.read_phys(gpa, &mut next);
     }
-    scan::is_direct(if before.is_some() { &tail } else { &[] }, &copy, if after.is_some() { &next } else { &[] })
-        && (before.is_none() || !is_executable(vp, previous) || scan::is_direct(&[], &tail, &copy[..4]))
+    let good =
+        scan::is_direct(if before.is_some() { &tail } else { &[] }, &copy, if after.is_some() { &next } else { &[] })
+            && (!seam || scan::is_direct_seam(&tail, &copy));
+    if direct.looked_at.len() >= MOST_LOOKED_AT {
+        direct.looked_at.clear();
+    }
+    direct.looked_at.insert(place, (state, good));
+    good
 }
 
 /// Maps the page of a data access as the page tables allow it now, and others around it. Says whether more is allowed there than

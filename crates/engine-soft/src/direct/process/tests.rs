@@ -588,6 +588,10 @@ fn costs() {
     memory.write(0, b"\x0f\x0b");
     let mut regs = at(CODE);
     median("a run to a fault", &mut || assert_eq!(signal(process.run(&mut regs).unwrap()).0, libc::SIGILL));
+    // MOV EAX, [0x100000], where nothing is.
+    memory.write(0, b"\x8b\x04\x25\x00\x00\x10\x00");
+    let mut regs = at(CODE);
+    median("a run to a page fault", &mut || assert_eq!(signal(process.run(&mut regs).unwrap()).0, libc::SIGSEGV));
     let mut area = vec![0u8; x86::xsave::AREA_SIZE];
     median("vector state out", &mut || process.get_xstate(&mut area).unwrap());
     median("vector state in", &mut || process.set_xstate(&area).unwrap());
