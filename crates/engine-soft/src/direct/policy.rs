@@ -14,6 +14,8 @@ const LAST: u32 = 256;
 /// Milliseconds that may be lost by the first try, and by later ones.
 const FIRST_LOSS: i64 = 60;
 const LATER_LOSS: i64 = 30;
+/// With so much lost, in milliseconds, it ends when system calls and exceptions become frequent.
+const LOSING: i64 = 2;
 /// The translator takes this many times as long as the processor, beyond the processor's own time.
 const GAIN: i64 = 4;
 /// Milliseconds that are remembered as won.
@@ -177,6 +179,11 @@ impl Space {
             self.suspended = false;
             true
         }
+    }
+
+    /// Does it not pay at the moment? `second`: ticks of a second.
+    pub fn is_losing(&self, second: u64) -> bool {
+        self.active && !self.always && self.account < -((second / 1000) as i64 * LOSING)
     }
 
     /// Ticks spent: in guest code, and on everything around it. `second`: ticks of a second. Says whether to go on.

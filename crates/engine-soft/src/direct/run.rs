@@ -98,7 +98,14 @@ impl SoftVp {
             direct.looked = (now, exits);
             // To come back, to map the page that is new, and to go in: a quarter of the time at most.
             let lost = (exits - before).saturating_mul(2 * direct.overhead);
-            space.interrupted(user, lost < elapsed / 4);
+            let calm = lost < elapsed / 4;
+            space.interrupted(user, calm);
+            if !calm && space.is_losing(second) {
+                let index = self.mmu.space_index();
+                self.mmu.end_space(index);
+                direct.leave(index);
+                return;
+            }
         }
         if space.resume() && space.active() || space.wanted() {
             // Translated code must find no way back to its user code.
