@@ -97,7 +97,8 @@ impl SoftVp {
         if elapsed > second / 1000 {
             direct.looked = (now, exits);
             // To come back, to map the page that is new, and to go in: a quarter of the time at most.
-            let lost = (exits - before).saturating_mul(2 * direct.overhead);
+            // (A loaded state begins to count anew.)
+            let lost = exits.saturating_sub(before).saturating_mul(2 * direct.overhead);
             let calm = lost < elapsed / 4;
             space.interrupted(user, calm);
             if !calm && space.is_losing(second) {
@@ -210,7 +211,7 @@ pub fn run(vp: &mut SoftVp) {
             Ok(true)
         }
     };
-    let inside = vp.counts.0[Count::DirectTicks as usize] - guest_before;
+    let inside = vp.counts.0[Count::DirectTicks as usize].wrapping_sub(guest_before);
     vp.counts.add(Count::DirectAround, host_tsc().wrapping_sub(begun).saturating_sub(inside));
     match result {
         Ok(go_on) => {
@@ -290,7 +291,7 @@ fn execute(vp: &mut SoftVp, direct: &mut Direct, seat: usize) -> io::Result<bool
         let took = left.wrapping_sub(entered);
         let guest = if took > overhead + overhead / 2 { took - overhead } else { 0 };
         vp.counts.add(Count::DirectTicks, guest);
-        let around = left.wrapping_sub(begun) - guest;
+        let around = left.wrapping_sub(begun).saturating_sub(guest);
         begun = left;
         let pays = vp.mmu.space().spent(guest, around, second);
         let go_on = see_to(vp, direct, seat, &mut registers, stop)?;
