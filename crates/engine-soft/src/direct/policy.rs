@@ -14,8 +14,6 @@ const LAST: u32 = 256;
 /// Milliseconds that may be lost by the first try, and by later ones.
 const FIRST_LOSS: i64 = 60;
 const LATER_LOSS: i64 = 30;
-/// With so much lost, in milliseconds, it ends when system calls and exceptions become frequent.
-const LOSING: i64 = 2;
 /// The translator takes this many times as long as the processor, beyond the processor's own time.
 const GAIN: i64 = 4;
 /// Milliseconds that are remembered as won.
@@ -51,8 +49,10 @@ pub struct Space {
     pause: u32,
     /// Host TSC ticks in guest code since it went on.
     stretch: u64,
-    /// Host TSC ticks won so far, at most [`Space::most`].
+    /// Host TSC ticks won so far, at most [`MOST_WON`] milliseconds.
     account: i64,
+    /// Host TSC ticks won since the last interrupt.
+    lately: i64,
 }
 
 impl Default for Space {
@@ -71,6 +71,7 @@ impl Default for Space {
             pause: 1,
             stretch: 0,
             account: 0,
+            lately: 0,
         }
     }
 }
@@ -181,16 +182,18 @@ impl Space {
         }
     }
 
-    /// Does it not pay at the moment? `second`: ticks of a second.
-    pub fn is_losing(&self, second: u64) -> bool {
-        self.active && !self.always && self.account < -((second / 1000) as i64 * LOSING)
+    /// Has it lost since this was asked last?
+    pub fn has_lost(&mut self) -> bool {
+        std::mem::take(&mut self.lately) < 0 && self.active && !self.always
     }
 
     /// Ticks spent: in guest code, and on everything around it. `second`: ticks of a second. Says whether to go on.
     pub fn spent(&mut self, guest: u64, around: u64, second: u64) -> bool {
         self.stretch = self.stretch.saturating_add(guest);
         let most = (second / 1000) as i64 * MOST_WON;
-        self.account = self.account.saturating_add(GAIN * guest as i64).saturating_sub(around as i64).min(most);
+        let won = (GAIN * guest as i64).saturating_sub(around as i64);
+        self.lately = self.lately.saturating_add(won);
+        self.account = self.account.saturating_add(won).min(most);
         // What a program's pages cost at first may be lost; less of it when it has been lost once.
         let least = if self.needed <= FIRST { FIRST_LOSS } else { LATER_LOSS };
         self.always || self.account > -((second / 1000) as i64 * least)
