@@ -2,31 +2,19 @@
 //! in the same state.
 
 mod common;
+// Not a part of `common`, which the tests of another engine take as well.
+#[path = "common/compare.rs"]
+mod compare;
 
-use common::{Bench, CODE, DATA, RAM};
+use common::{Bench, CODE, DATA};
+use compare::{Ended, Random, Sequence, bench};
 use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
-use partition::{DirectMode, EngineOptions, Gpa, GuestMemory, TranslateMode};
+use partition::{Gpa, TranslateMode};
 use viridian_engine_soft::features::Features;
 use viridian_engine_soft::partition_impl::SoftEngine;
 use viridian_engine_soft::translate::classify::{self, Kind};
 use x86::cpuid::CpuModel;
-use x86::regs::{cr4, gpr, rflags};
-use x86::xsave::legacy;
-
-/// xorshift: the sequence is the same in every run with the same seed.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-    fn below(&mut self, n: u64) -> u64 {
-        (self.next() >> 11) % n
-    }
-}
+use x86::regs::{gpr, rflags};
 
 /// Registers that hold pointers into the data, and small indices: instructions must not write them.
 const POINTERS: [usize; 5] = [gpr::RBX, gpr::RSI, gpr::R12, gpr::R9, gpr::R10];
@@ -111,8 +99,8 @@ fn acceptable(i: &Instruction, kind: Kind, info: &mut InstructionInfoFactory) ->
     })
 }
 
-/// A random sequence of `count` instructions (with short forward branches), and the text of each.
-fn sequence(random: &mut Random, count: usize, features: &Features) -> (Vec<u8>, Vec<String>, u64) {
+/// A random sequence of `count` instructions (with short forward branches).
+fn sequence(random: &mut Random, count: usize, features: &Features) -> Sequence {
     let mut info = InstructionInfoFactory::new();
     let (mut bytes, mut text) = (Vec::new(), Vec::new());
     // Flags that the manual calls undefined at this point (iced's bits): the two may leave them differently.
@@ -169,135 +157,56 @@ fn sequence(random: &mut Random, count: usize, features: &Features) -> (Vec<u8>,
         bytes.extend_from_slice(&candidate[..i.len()]);
         text.push(format!("{i}    {:02x?}", &candidate[..i.len()]));
     }
-    // out 0xf4, al; pushfq; hlt
-    bytes.extend_from_slice(&[0xe6, 0xf4, 0x9c, 0xf4]);
-    let bits = [rflags::OF, rflags::SF, rflags::ZF, rflags::AF, rflags::CF, rflags::PF];
-    let mask = (0..6).filter(|n| undefined >> n & 1 != 0).fold(0, |m, n| m | bits[n]);
-    (bytes, text, mask)
+    Sequence::ended(bytes, text, undefined)
 }
 
-struct Side {
-    bench: Bench,
-}
-
-impl Side {
-    fn new(translate: TranslateMode) -> Self {
-        let memory = GuestMemory::with_ram(RAM, 0xc000_0000..1 << 32, false).unwrap();
-        let options = EngineOptions { translate, code_cache_bytes: 8 << 20, direct: DirectMode::Off };
-        let bench = Bench::with_options(&SoftEngine::new(), "x86-64-v3", 1, memory, options);
-        bench.clock.start();
-        Self { bench }
-    }
-
-    fn run(&mut self, code: &[u8], at: u64, seed: u64) -> (partition::RunExit, partition::VpState, Vec<u8>) {
-        let b = &mut self.bench;
-        let mut random = Random(seed);
-        let mut state = b.long_state(0, at);
-        for n in 0..16 {
-            if n == gpr::RSP {
-                continue;
-            }
-            state.gprs[n] = if POINTERS.contains(&n) {
-                DATA + 0x400 + random.below(0x800)
-            } else if INDICES.contains(&n) {
-                random.below(64)
-            } else if random.below(2) == 0 {
-                random.next()
-            } else {
-                random.below(256)
-            };
-        }
-        state.gprs[gpr::RSP] = DATA + 0x3000;
-        state.rflags |= random.next() & rflags::STATUS;
-        state.cr4 |= cr4::OSXSAVE;
-        state.xcr0 = 7;
-        for byte in &mut state.xsave[legacy::XMM0..legacy::XMM0 + 256] {
-            *byte = random.next() as u8;
-        }
-        for byte in &mut state.xsave[x86::xsave::AVX_OFFSET..] {
-            *byte = random.next() as u8;
-        }
-        state.xsave[512] = 7;
-        let data: Vec<u8> = (0..0x4000).map(|_| random.next() as u8).collect();
-        b.memory.write(Gpa(DATA), &data).unwrap();
-        b.memory.write(Gpa(at), code).unwrap();
-        b.vps[0].set_state(&state).unwrap();
-        let board = b.board.clone();
-        let exit = b.vps[0].run(&*board).unwrap();
-        let state = b.vps[0].state().unwrap();
-        let mut after = vec![0; 0x4000];
-        b.memory.read(Gpa(DATA), &mut after).unwrap();
-        (exit, state, after)
-    }
-}
-
-fn compare(cases: u64, seed: u64) {
-    let model = CpuModel::by_name("x86-64-v3").unwrap();
-    let features = Features::from_table(&model.table(0, 1, 1_000_000_000));
+/// Executes 64-bit code from the state that `seed` says.
+fn run(b: &mut Bench, code: &[u8], at: u64, seed: u64) -> Ended {
     let mut random = Random(seed);
-    let (mut on, mut off) = (Side::new(TranslateMode::On), Side::new(TranslateMode::Off));
-    let mut at = CODE;
-    let mut faults = 0;
-    for case in 0..cases {
-        let count = 1 + random.below(if case % 4 == 0 {
-            64
-        } else if case % 64 == 1 {
-            300
+    let mut state = b.long_state(0, at);
+    for n in 0..16 {
+        if n == gpr::RSP {
+            continue;
+        }
+        state.gprs[n] = if POINTERS.contains(&n) {
+            DATA + 0x400 + random.below(0x800)
+        } else if INDICES.contains(&n) {
+            random.below(64)
+        } else if random.below(2) == 0 {
+            random.next()
         } else {
-            12
-        }) as usize;
-        let (code, text, undefined) = sequence(&mut random, count, &features);
-        let data_seed = random.next() | 1;
-        let (exit_t, mut t, memory_t) = on.run(&code, at, data_seed);
-        let (exit_i, mut i, memory_i) = off.run(&code, at, data_seed);
-        // Status flags that the program would overwrite are not kept exact at a fault.
-        if exit_i != partition::RunExit::Kicked {
-            faults += 1;
-            t.rflags &= !rflags::STATUS;
-            i.rflags &= !rflags::STATUS;
-        }
-        for s in [&mut t, &mut i] {
-            s.rflags &= !undefined;
-            // The last x87 instruction's pointers are kept by the interpreter only.
-            s.xsave[legacy::FOP..legacy::MXCSR].fill(0);
-            s.xsave[512..576].fill(0);
-        }
-        let same = exit_t == exit_i
-            && t.gprs == i.gprs
-            && t.rip == i.rip
-            && t.rflags == i.rflags
-            && t.xsave == i.xsave
-            && memory_t == memory_i;
-        if !same {
-            println!("case {case}, seed {seed:#x}: translator {exit_t:?}, interpreter {exit_i:?}");
-            for line in &text {
-                println!("  {line}");
-            }
-            println!("rip    {:#x} {:#x} (code at {at:#x})", t.rip, i.rip);
-            println!("rflags {:#x} {:#x}", t.rflags, i.rflags);
-            for n in 0..16 {
-                if t.gprs[n] != i.gprs[n] {
-                    println!("gpr {n}: {:#x} {:#x}", t.gprs[n], i.gprs[n]);
-                }
-            }
-            for n in (0..t.xsave.len()).filter(|n| t.xsave[*n] != i.xsave[*n]).take(8) {
-                println!("xsave byte {n}: {:#x} {:#x}", t.xsave[n], i.xsave[n]);
-            }
-            for n in (0..memory_t.len()).filter(|n| memory_t[*n] != memory_i[*n]).take(8) {
-                println!("memory {n:#x}: {:#x} {:#x}", memory_t[n], memory_i[n]);
-            }
-            panic!("the translator and the interpreter differ");
-        }
-        at = CODE + (at - CODE + code.len() as u64 + random.below(64)) % 0x1_0000;
+            random.below(256)
+        };
     }
-    assert!(faults < cases / 2, "{faults} of {cases} sequences ended in a fault: they test too little");
+    state.gprs[gpr::RSP] = DATA + 0x3000;
+    compare::scramble(&mut state, &mut random);
+    let data: Vec<u8> = (0..0x4000).map(|_| random.next() as u8).collect();
+    b.memory.write(Gpa(DATA), &data).unwrap();
+    b.memory.write(Gpa(at), code).unwrap();
+    b.vps[0].set_state(&state).unwrap();
+    let board = b.board.clone();
+    let exit = b.vps[0].run(&*board).unwrap();
+    let state = b.vps[0].state().unwrap();
+    let mut after = vec![0; 0x4000];
+    b.memory.read(Gpa(DATA), &mut after).unwrap();
+    (exit, state, after)
 }
 
 #[test]
 fn random_sequences_end_alike() {
-    let cases = std::env::var("VIRIDIAN_DIFF_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(3000);
-    let seed = std::env::var("VIRIDIAN_DIFF_SEED").ok().and_then(|n| n.parse().ok()).unwrap_or(0x1234_5678_9abc_def1);
-    compare(cases, seed);
+    let model = CpuModel::by_name("x86-64-v3").unwrap();
+    let features = Features::from_table(&model.table(0, 1, 1_000_000_000));
+    let make = |random: &mut Random, case: u64| {
+        let most = match case {
+            _ if case % 4 == 0 => 64,
+            _ if case % 64 == 1 => 300,
+            _ => 12,
+        };
+        let count = 1 + random.below(most) as usize;
+        ("64-bit code", sequence(random, count, &features))
+    };
+    let (cases, faults) = compare::compare(3000, CODE, make, |b, _, code, at, seed| run(b, code, at, seed));
+    assert!(faults < cases / 2, "{faults} of {cases} sequences ended in a fault: they test too little");
 }
 
 /// Many pushes of memory on a stack that crosses a page: no check of theirs succeeds as a group, and each has two of its own.
@@ -384,7 +293,7 @@ fn flags_at_a_fault() {
         |a| a.xor(ecx, ecx),
         |a| a.sub(ecx, ecx),
     ];
-    let (mut on, mut off) = (Side::new(TranslateMode::On), Side::new(TranslateMode::Off));
+    let (mut on, mut off) = (bench(TranslateMode::On), bench(TranslateMode::Off));
     let mut seen = 0;
     for (n, producer) in producers.iter().enumerate() {
         for seed in 1..20 {
@@ -402,8 +311,8 @@ fn flags_at_a_fault() {
                 a.hlt().unwrap();
                 let at = CODE + 0x1000 * n as u64 + if single { 0x100 } else { 0 };
                 let code = a.assemble(at).unwrap();
-                let (exit, t, _) = on.run(&code, at, seed);
-                let (_, i, _) = off.run(&code, at, seed);
+                let (exit, t, _) = run(&mut on, &code, at, seed);
+                let (_, i, _) = run(&mut off, &code, at, seed);
                 assert_eq!(exit, partition::RunExit::TripleFault);
                 // AF is undefined behind logical operations.
                 let mask = if matches!(n, 3 | 4 | 11..=14) { !rflags::AF } else { !0 };

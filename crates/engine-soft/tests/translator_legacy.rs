@@ -2,34 +2,21 @@
 //! segment, with the same registers and memory, must end in the same state.
 
 mod common;
+// Not a part of `common`, which the tests of another engine take as well.
+#[path = "common/compare.rs"]
+mod compare;
 
-use common::{Bench, RAM};
+use common::Bench;
+use compare::{Ended, Random, Sequence, bench};
 use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
-use partition::{DirectMode, EngineOptions, Gpa, GuestMemory, RunExit, TranslateMode, VpState};
+use partition::{Gpa, TranslateMode, VpState};
 use viridian_engine_soft::features::Features;
-use viridian_engine_soft::partition_impl::SoftEngine;
 use viridian_engine_soft::translate::classify::Kind;
 use viridian_engine_soft::translate::facts::Facts;
 use viridian_engine_soft::translate::{flags, legacy};
 use x86::cpuid::CpuModel;
 use x86::regs::{cr0, cr4, efer, gpr, rflags};
 use x86::segment::{Segment, TableRegister, attr, sreg};
-use x86::xsave::legacy as fx;
-
-/// xorshift: the sequence is the same in every run with the same seed.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-    fn below(&mut self, n: u64) -> u64 {
-        (self.next() >> 11) % n
-    }
-}
 
 /// What code runs in.
 #[derive(Clone, Copy, Debug)]
@@ -263,8 +250,8 @@ fn acceptable(i: &Instruction, kind: Kind, mode: Mode, info: &mut InstructionInf
     })
 }
 
-/// A random sequence of `count` instructions (with short forward branches), and the text of each.
-fn sequence(random: &mut Random, count: usize, mode: Mode, features: &Features) -> (Vec<u8>, Vec<String>, u64) {
+/// A random sequence of `count` instructions (with short forward branches).
+fn sequence(random: &mut Random, count: usize, mode: Mode, features: &Features) -> Sequence {
     let mut info = InstructionInfoFactory::new();
     let (mut bytes, mut text) = (Vec::new(), Vec::new());
     let facts = mode.facts();
@@ -330,133 +317,47 @@ fn sequence(random: &mut Random, count: usize, mode: Mode, features: &Features) 
         bytes.extend_from_slice(&candidate[..i.len()]);
         text.push(format!("{i}    {:02x?}", &candidate[..i.len()]));
     }
-    // out 0xf4, al; pushf; hlt
-    bytes.extend_from_slice(&[0xe6, 0xf4, 0x9c, 0xf4]);
-    let bits = [rflags::OF, rflags::SF, rflags::ZF, rflags::AF, rflags::CF, rflags::PF];
-    let mask = (0..6).filter(|n| undefined >> n & 1 != 0).fold(0, |m, n| m | bits[n]);
-    (bytes, text, mask)
+    Sequence::ended(bytes, text, undefined)
 }
 
-struct Side {
-    bench: Bench,
-}
-
-impl Side {
-    fn new(translate: TranslateMode) -> Self {
-        let memory = GuestMemory::with_ram(RAM, 0xc000_0000..1 << 32, false).unwrap();
-        let options = EngineOptions { translate, code_cache_bytes: 8 << 20, direct: DirectMode::Off };
-        let bench = Bench::with_options(&SoftEngine::new(), "x86-64-v3", 1, memory, options);
-        bench.clock.start();
-        Self { bench }
-    }
-
-    fn run(&mut self, mode: Mode, code: &[u8], at: u64, seed: u64) -> (RunExit, VpState, Vec<u8>) {
-        let b = &mut self.bench;
-        let mut random = Random(seed);
-        let mut state = mode.state(b, at);
-        let pointers = if mode.segments() { 0 } else { SEGMENTS + 0x1000 };
-        for n in 0..16 {
-            state.gprs[n] = if POINTERS.contains(&n) {
-                // Sometimes near the end of the segment, or of a page.
-                match random.below(8) {
-                    0 if mode.segments() => 0xfff0 + random.below(0x10),
-                    1 => pointers + 0x2ff0 + random.below(16),
-                    _ => pointers + 0x400 + random.below(0x800),
-                }
-            } else if n == INDEX {
-                random.below(64)
-            } else if random.below(2) == 0 {
-                random.next() & 0xffff_ffff
-            } else {
-                random.below(256)
-            };
-        }
-        state.gprs[gpr::RSP] = pointers + if random.below(16) == 0 { random.below(64) } else { 0x3000 };
-        if !mode.facts().stack32 && random.below(2) == 0 {
-            state.gprs[gpr::RSP] |= random.next() & 0xffff_0000;
-        }
-        state.rflags |= random.next() & rflags::STATUS;
-        state.cr4 |= cr4::OSXSAVE;
-        state.xcr0 = 7;
-        for byte in &mut state.xsave[fx::XMM0..fx::XMM0 + 256] {
-            *byte = random.next() as u8;
-        }
-        for byte in &mut state.xsave[x86::xsave::AVX_OFFSET..] {
-            *byte = random.next() as u8;
-        }
-        state.xsave[512] = 7;
-        let mut data = vec![0u8; (REGION.end - REGION.start) as usize];
-        for chunk in data.chunks_mut(8) {
-            chunk.copy_from_slice(&random.next().to_le_bytes());
-        }
-        b.memory.write(Gpa(REGION.start), &data).unwrap();
-        b.memory.write(Gpa(at), code).unwrap();
-        b.vps[0].set_state(&state).unwrap();
-        let board = b.board.clone();
-        let exit = b.vps[0].run(&*board).unwrap();
-        let state = b.vps[0].state().unwrap();
-        b.memory.read(Gpa(REGION.start), &mut data).unwrap();
-        (exit, state, data)
-    }
-}
-
-fn compare(cases: u64, seed: u64, modes: &[Mode]) {
-    let model = CpuModel::by_name("x86-64-v3").unwrap();
-    let features = Features::from_table(&model.table(0, 1, 1_000_000_000));
+/// Executes code of a mode from the state that `seed` says.
+fn run(b: &mut Bench, mode: Mode, code: &[u8], at: u64, seed: u64) -> Ended {
     let mut random = Random(seed);
-    let (mut on, mut off) = (Side::new(TranslateMode::On), Side::new(TranslateMode::Off));
-    let mut at = CODE;
-    let mut faults = 0;
-    for case in 0..cases {
-        let mode = modes[random.below(modes.len() as u64) as usize];
-        let most = if case % 4 == 0 { 64 } else { 12 };
-        let (code, text, undefined) = sequence(&mut random, 1 + random_count(case, most), mode, &features);
-        let data_seed = random.next() | 1;
-        let (exit_t, mut t, memory_t) = on.run(mode, &code, at, data_seed);
-        let (exit_i, mut i, memory_i) = off.run(mode, &code, at, data_seed);
-        // Status flags that the program would overwrite are not kept exact at a fault.
-        if exit_i != RunExit::Kicked {
-            faults += 1;
-            t.rflags &= !rflags::STATUS;
-            i.rflags &= !rflags::STATUS;
-        }
-        for s in [&mut t, &mut i] {
-            s.rflags &= !undefined;
-            // The last x87 instruction's pointers are kept by the interpreter only.
-            s.xsave[fx::FOP..fx::MXCSR].fill(0);
-            s.xsave[512..576].fill(0);
-        }
-        let same = exit_t == exit_i
-            && t.gprs == i.gprs
-            && t.rip == i.rip
-            && t.rflags == i.rflags
-            && t.segments == i.segments
-            && t.xsave == i.xsave
-            && memory_t == memory_i;
-        if !same {
-            println!("case {case}, seed {seed:#x}, {mode:?}: translator {exit_t:?}, interpreter {exit_i:?}");
-            for line in &text {
-                println!("  {line}");
+    let mut state = mode.state(b, at);
+    let pointers = if mode.segments() { 0 } else { SEGMENTS + 0x1000 };
+    for n in 0..16 {
+        state.gprs[n] = if POINTERS.contains(&n) {
+            // Sometimes near the end of the segment, or of a page.
+            match random.below(8) {
+                0 if mode.segments() => 0xfff0 + random.below(0x10),
+                1 => pointers + 0x2ff0 + random.below(16),
+                _ => pointers + 0x400 + random.below(0x800),
             }
-            println!("rip    {:#x} {:#x} (code at {at:#x})", t.rip, i.rip);
-            println!("rflags {:#x} {:#x}", t.rflags, i.rflags);
-            for n in 0..16 {
-                if t.gprs[n] != i.gprs[n] {
-                    println!("gpr {n}: {:#x} {:#x}", t.gprs[n], i.gprs[n]);
-                }
-            }
-            for n in (0..t.xsave.len()).filter(|n| t.xsave[*n] != i.xsave[*n]).take(8) {
-                println!("xsave byte {n}: {:#x} {:#x}", t.xsave[n], i.xsave[n]);
-            }
-            for n in (0..memory_t.len()).filter(|n| memory_t[*n] != memory_i[*n]).take(8) {
-                println!("memory {:#x}: {:#x} {:#x}", REGION.start + n as u64, memory_t[n], memory_i[n]);
-            }
-            panic!("the translator and the interpreter differ");
-        }
-        at = CODE + (at - CODE + code.len() as u64 + random.below(64)) % 0x1_0000;
+        } else if n == INDEX {
+            random.below(64)
+        } else if random.below(2) == 0 {
+            random.next() & 0xffff_ffff
+        } else {
+            random.below(256)
+        };
     }
-    println!("{faults} of {cases} sequences ended in a fault");
-    assert!(faults < cases * 3 / 4, "{faults} of {cases} sequences ended in a fault: they test too little");
+    state.gprs[gpr::RSP] = pointers + if random.below(16) == 0 { random.below(64) } else { 0x3000 };
+    if !mode.facts().stack32 && random.below(2) == 0 {
+        state.gprs[gpr::RSP] |= random.next() & 0xffff_0000;
+    }
+    compare::scramble(&mut state, &mut random);
+    let mut data = vec![0u8; (REGION.end - REGION.start) as usize];
+    for chunk in data.chunks_mut(8) {
+        chunk.copy_from_slice(&random.next().to_le_bytes());
+    }
+    b.memory.write(Gpa(REGION.start), &data).unwrap();
+    b.memory.write(Gpa(at), code).unwrap();
+    b.vps[0].set_state(&state).unwrap();
+    let board = b.board.clone();
+    let exit = b.vps[0].run(&*board).unwrap();
+    let state = b.vps[0].state().unwrap();
+    b.memory.read(Gpa(REGION.start), &mut data).unwrap();
+    (exit, state, data)
 }
 
 fn random_count(case: u64, most: u64) -> usize {
@@ -465,9 +366,16 @@ fn random_count(case: u64, most: u64) -> usize {
 
 #[test]
 fn random_sequences_end_alike() {
-    let cases = std::env::var("VIRIDIAN_DIFF_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(4000);
-    let seed = std::env::var("VIRIDIAN_DIFF_SEED").ok().and_then(|n| n.parse().ok()).unwrap_or(0x1234_5678_9abc_def1);
-    compare(cases, seed, &MODES);
+    let model = CpuModel::by_name("x86-64-v3").unwrap();
+    let features = Features::from_table(&model.table(0, 1, 1_000_000_000));
+    let make = |random: &mut Random, case: u64| {
+        let mode = MODES[random.below(MODES.len() as u64) as usize];
+        let most = if case % 4 == 0 { 64 } else { 12 };
+        (mode, sequence(random, 1 + random_count(case, most), mode, &features))
+    };
+    let (cases, faults) = compare::compare(4000, CODE, make, run);
+    println!("{faults} of {cases} sequences ended in a fault");
+    assert!(faults < cases * 3 / 4, "{faults} of {cases} sequences ended in a fault: they test too little");
 }
 
 /// Runs until the guest writes to the port that ends a test; what it has logged.
@@ -483,7 +391,7 @@ fn a_block_follows_its_segments() {
     use common::{CODE, DATA, GDT, PORT_DONE, PORT_LOG};
     use iced_x86::code_asm::*;
     for translate in [TranslateMode::On, TranslateMode::Verify] {
-        let mut b = Side::new(translate).bench;
+        let mut b = bench(translate);
         let descriptor = |base: u64, limit: u64, rights: u64| {
             limit & 0xffff | (base & 0xff_ffff) << 16 | rights << 40 | (limit >> 16 & 0xf) << 48 | (base >> 24) << 56
         };
@@ -535,7 +443,7 @@ fn a_block_follows_its_segments() {
 fn bios_loop(translate: TranslateMode, passes: u32) -> f64 {
     use common::PORT_DONE;
     use iced_x86::code_asm::*;
-    let mut b = Side::new(translate).bench;
+    let mut b = bench(translate);
     b.code_bits(16, CODE, |a| {
         let (mut again, mut round, mut function, mut even) =
             (a.create_label(), a.create_label(), a.create_label(), a.create_label());
