@@ -15,6 +15,7 @@ pub mod atomic;
 pub mod bits;
 pub mod branch;
 pub mod data;
+mod form;
 pub mod host;
 pub mod lower;
 pub mod misc;
