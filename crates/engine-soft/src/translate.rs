@@ -1,5 +1,6 @@
 //! The translator: guest code becomes host code for the same instruction set. `docs/engine-soft.md` has the design.
 
+mod bounds;
 pub mod cache;
 pub mod classify;
 pub mod code_memory;

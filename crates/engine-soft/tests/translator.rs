@@ -270,6 +270,119 @@ fn loops_move_over_pages() {
     }
 }
 
+/// Puts the four pages of data in reverse order: what follows a page in the host's memory is not what follows it for the guest, so
+/// an access that leaves its page unchecked shows.
+fn reverse_pages(b: &Bench) {
+    const TABLE: u64 = 0xb_0000;
+    for page in 0..512u64 {
+        let at = page << 12;
+        let to = if (DATA..DATA + 0x4000).contains(&at) { 2 * DATA + 0x3000 - at } else { at };
+        b.memory.write(Gpa(TABLE + 8 * page), &(to | 7).to_le_bytes()).unwrap();
+    }
+    b.memory.write(Gpa(common::PD), &(TABLE | 7).to_le_bytes()).unwrap();
+}
+
+/// Indices that the code itself bounds (masks, zero extensions, shifts), off bases whose reach may cross a page: loads, stores, and
+/// what changes a register between the bound and its use, in straight code and in loops of up to a hundred instructions.
+#[test]
+fn bounded_indices_end_alike() {
+    use iced_x86::code_asm::*;
+    let wide = [rax, rdx, rdi, rbp, r8, r11, r13, r15];
+    let narrow = [eax, edx, edi, ebp, r8d, r11d, r13d, r15d];
+    let words = [ax, dx, di, bp, r8w, r11w, r13w, r15w];
+    let bytes = [al, dl, dil, bpl, r8b, r11b, r13b, r15b];
+    let bases = [rbx, rsi, r12, r9, r10, rsp];
+    let make = |random: &mut Random, _| {
+        let mut a = CodeAssembler::new(64).unwrap();
+        let mut again = a.create_label();
+        let looped = random.below(2) == 0;
+        // (Near a page's end, or anywhere.)
+        for base in bases {
+            let near = DATA + 0x2000 - random.below(0x140);
+            let at = if random.below(2) == 0 { near } else { DATA + 0x1100 + random.below(0x800) };
+            a.mov(base, at & !if random.below(2) == 0 { 7 } else { 0 }).unwrap();
+        }
+        a.mov(ecx, 1 + random.below(6) as i32).unwrap();
+        a.set_label(&mut again).unwrap();
+        for _ in 0..1 + random.below(if looped { 36 } else { 24 }) {
+            let mut pick = || random.below(8) as usize;
+            let (x, y) = (pick(), pick());
+            match random.below(10) {
+                0..3 => a.and(narrow[x], random.below(64) as i32),
+                3 => a.and(wide[x], random.below(64) as i32),
+                4 => a.movzx(narrow[x], bytes[y]),
+                5 => a.shr(narrow[x], 24 + random.below(8) as u32),
+                6 => a.mov(narrow[x], narrow[y]),
+                7 => a.and(narrow[x], narrow[y]),
+                // Bounds that hold no longer, or never did.
+                8 => match random.below(8) {
+                    0 => a.mov(bytes[x], random.below(64) as i32),
+                    1 => a.and(words[x], 0x3f),
+                    2 => a.add(narrow[x], 0x33),
+                    3 => a.movsx(wide[x], bytes[y]),
+                    4 => a.and(wide[x], -2),
+                    5 => a.xchg(wide[x], wide[y]),
+                    6 => a.shr(wide[x], 60u32),
+                    _ => a.xadd(narrow[x], narrow[y]),
+                },
+                _ => a.nop(),
+            }
+            .unwrap();
+            // Registers without a bound are made small here, in a way that shows none, so that addresses stay in the data.
+            let unshown = |a: &mut CodeAssembler| {
+                a.rol(wide[x], 8u32)?;
+                a.mov(words[x], 0x0101)?;
+                a.mov(bytes[x], 0x2e)?;
+                a.movsx(narrow[x], bytes[x])
+            };
+            let mut register = x;
+            match random.below(6) {
+                0 => unshown(&mut a).unwrap(),
+                1 => a.movzx(narrow[x], bytes[x]).unwrap(),
+                _ => {
+                    register = y;
+                    a.and(narrow[y], 31).unwrap();
+                }
+            }
+            let base = bases[random.below(6) as usize];
+            let d = random.below(96) as i32 - 32;
+            let index = wide[register];
+            let place = match random.below(4) {
+                0 => base + index,
+                1 => base + index * 2,
+                2 => base + index * 4,
+                _ if base == rsp => base + index,
+                _ => index + base,
+            } + d;
+            let z = random.below(8) as usize;
+            match random.below(9) {
+                0 => a.mov(wide[z], qword_ptr(place)),
+                1 => a.add(narrow[z], dword_ptr(place)),
+                2 => a.mov(dword_ptr(place), narrow[z]),
+                3 => a.xor(byte_ptr(place), bytes[z]),
+                4 => a.mov(wide[z], qword_ptr(base + d)),
+                5 => a.mov(qword_ptr(base + d), wide[z]),
+                6 => a.inc(word_ptr(place)),
+                7 => a.push(qword_ptr(place)).and_then(|()| a.pop(wide[z])),
+                _ => a.cmp(bytes[z], byte_ptr(place)).and_then(|()| a.adc(narrow[z], 1)),
+            }
+            .unwrap();
+        }
+        if looped {
+            a.dec(ecx).unwrap();
+            a.jnz(again).unwrap();
+        }
+        let code = a.assemble(CODE).unwrap();
+        let text = Decoder::with_ip(64, &code, 0, DecoderOptions::NONE).iter().map(|i| i.to_string()).collect();
+        ("bounded indices", Sequence::ended(code, text, 0))
+    };
+    let (_, faults) = compare::compare(1500, CODE, make, |b, _, code, at, seed| {
+        reverse_pages(b);
+        run(b, code, at, seed)
+    });
+    assert_eq!(faults, 0);
+}
+
 /// Status flags that the program overwrites before it reads them are in the frame of a fault that comes before.
 #[test]
 fn flags_at_a_fault() {

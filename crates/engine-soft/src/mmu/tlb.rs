@@ -294,8 +294,9 @@ impl TlbSet {
 
     /// The jump table for a mode of 16- or 32-bit code. One mode's targets are another's garbage.
     pub fn offset_jumps(&mut self, mode: u64, linear: bool) -> &mut JumpTable {
-        let offset =
-            self.offset_jumps.get_or_insert_with(|| Box::new(OffsetJumps { jumps: JumpTable::new(), mode, linear }));
+        let offset = self
+            .offset_jumps
+            .get_or_insert_with(|| Box::new(OffsetJumps { jumps: JumpTable::of_offsets(), mode, linear }));
         if offset.mode != mode {
             offset.jumps.flush_all();
             (offset.mode, offset.linear) = (mode, linear);

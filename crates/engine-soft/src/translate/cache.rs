@@ -122,7 +122,7 @@ pub struct Translator {
 }
 
 /// Room that one block may need at most in each area.
-const BLOCK_ROOM: usize = 16 << 10;
+pub(super) const BLOCK_ROOM: usize = 32 << 10;
 /// Most numbers of [`Facts`]: a guest with more keeps making new ones.
 const MODES: usize = 256;
 

@@ -10,6 +10,7 @@
 //! stack is emptied and the jump table decides.
 
 use super::emit::{A, Asm, B, C, RCX, SP, cc};
+use super::jump_table::LINK_BIAS;
 use super::lower::{Cold, Lower, gpr, host, jit};
 use super::lower::{INDEX_SHIFT, JUMP_SLOTS, LINKS};
 use super::plan::{Plan, Shape};
@@ -122,8 +123,10 @@ impl Lower<'_> {
     /// [`Lower::link_jump`] anywhere; the caller places what the jump at [`Link::from`] leads to. `None`: it goes through the
     /// jump table.
     pub(super) fn emit_link_jump(&mut self, h: &mut Asm, target: u64, call: bool, polls: bool) -> Option<Link> {
-        // An empty link is that of the last address there is: nothing near it may have one.
-        if self.link as usize >= LINKS || target & 0xfff >= 0xfff - u64::from(attention::ALL) {
+        // Outside 64-bit mode a page of code need not start at a multiple of the page's size, and an empty link is that of the
+        // last address there is.
+        let wide = self.origin.facts.is_none();
+        if self.link as usize >= LINKS || !wide && target & 0xfff == 0xfff {
             if polls && call {
                 poll_call(h, self.thunks);
             } else if polls {
@@ -135,29 +138,29 @@ impl Lower<'_> {
         let number = self.link;
         self.link += 1;
         let slot = 16 * number as i32;
-        // Outside 64-bit mode a page of code need not start at a multiple of the page's size.
-        if polls && self.origin.facts.is_some() {
+        if polls && !wide {
             if call {
                 poll_call(h, self.thunks);
             } else {
                 poll_table(h, self.thunks);
             }
         }
-        let polls = polls && self.origin.facts.is_none();
+        let polls = polls && wide;
+        let less = if wide { (target & 0xfff) as i32 + LINK_BIAS as i32 } else { -1 };
         h.mov(B, RCX);
         if polls {
             // One comparison for both: a link is for one offset in the page, so that targets differ by a multiple of the page's
             // size, and attention is less.
-            const { assert!(attention::ALL < 0x1000) };
+            const { assert!((attention::ALL as u64) < LINK_BIAS) };
             h.load_gs32(RCX, offset_of!(VpBlock, attention));
-            h.lea(true, RCX, Some(RCX), A, 1, 1);
+            h.lea(true, RCX, Some(RCX), A, 1, -less);
             h.load_gs(C, jit!(links));
             h.load(C, C, slot);
             h.lea(true, RCX, Some(RCX), C, 1, 0);
         } else {
             h.load_gs(C, jit!(links));
             h.load(RCX, C, slot);
-            h.lea(true, RCX, Some(RCX), A, 1, 1);
+            h.lea(true, RCX, Some(RCX), A, 1, -less);
         }
         let hit = h.short(0xe3); // jrcxz
         let from = h.jmp(0);

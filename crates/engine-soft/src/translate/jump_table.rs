@@ -16,9 +16,18 @@ const LONGEST: u64 = 15;
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
 struct Slot {
-    /// The complement of RIP: so translated code compares without destroying flags.
-    not_rip: u64,
+    /// The complement of RIP (so translated code compares without destroying flags), or what [`mark`] makes of it.
+    mark: u64,
     host: u64,
+}
+
+/// Added to the comparison with a link of 64-bit code. It is not a multiple of the page's size, and larger than whatever wants
+/// attention: so an empty link is that of no jump, even if the bits that want attention are added.
+pub const LINK_BIAS: u64 = 0x800;
+
+/// What a link of 64-bit code to `rip` holds. A link is for one offset in the page: the page says it all.
+fn mark(rip: u64) -> u64 {
+    LINK_BIAS.wrapping_sub(rip & !0xfff)
 }
 
 /// Slots in memory of their own: fresh zeros, which cost nothing until they are written.
@@ -70,14 +79,16 @@ enum Entered {
 }
 
 /// The tables. Fresh zeroed memory is empty but for the last slot: the RIP whose complement is 0 belongs there. (Jumps to such
-/// a RIP have no link.)
+/// a RIP have no link outside 64-bit mode.)
 pub struct JumpTable {
     slots: Slots,
     links: Slots,
+    /// The links are of 16- and 32-bit code: they hold the complement of RIP, which there is not of one offset in its page.
+    exact: bool,
     local: Vec<Entered>,
     global: Vec<Entered>,
-    /// The links that are entered, by their target's page.
-    by_page: Vec<Vec<u32>>,
+    /// The links that are entered and where they lead, by their target's page.
+    by_page: Vec<Vec<(u32, u64)>>,
     /// Filter of the pages that have entries.
     pages: Box<[u64; PAGE_BITS / 64]>,
 }
@@ -110,11 +121,21 @@ fn list_of(rip: u64) -> usize {
 }
 
 impl JumpTable {
-    /// Empty tables.
+    /// Empty tables for 64-bit code.
     pub fn new() -> Self {
+        Self::with(false)
+    }
+
+    /// Empty tables for 16- and 32-bit code.
+    pub fn of_offsets() -> Self {
+        Self::with(true)
+    }
+
+    fn with(exact: bool) -> Self {
         let mut table = Self {
             slots: Slots::new(JUMP_SLOTS),
             links: Slots::new(LINKS),
+            exact,
             local: Vec::new(),
             global: Vec::new(),
             by_page: Vec::new(),
@@ -137,20 +158,21 @@ impl JumpTable {
     /// Enters a target. A global one survives [`JumpTable::flush_local`].
     pub fn insert(&mut self, rip: u64, host: u64, global: bool) {
         let slot = slot_of(rip);
-        self.slots.set(usize::from(slot), Slot { not_rip: !rip, host });
+        self.slots.set(usize::from(slot), Slot { mark: !rip, host });
         self.enter(Entered::Slot(slot), rip, global);
     }
 
     /// Enters the target of a direct jump, by the number of its link.
     pub fn link(&mut self, link: u32, rip: u64, host: u64, global: bool) {
+        let mark = if self.exact { !rip } else { mark(rip) };
         // A link that compares equal while it is empty must not be: see the type.
-        if link as usize >= LINKS || rip == u64::MAX {
+        if link as usize >= LINKS || mark == 0 {
             return;
         }
         self.by_page.resize_with(PAGE_LISTS, Vec::new);
         self.unlink(link);
-        self.links.set(link as usize, Slot { not_rip: !rip, host });
-        self.by_page[list_of(rip)].push(link);
+        self.links.set(link as usize, Slot { mark, host });
+        self.by_page[list_of(rip)].push((link, rip));
         self.enter(Entered::Link(link), rip, global);
     }
 
@@ -170,11 +192,11 @@ impl JumpTable {
     /// The host address for a RIP.
     pub fn get(&self, rip: u64) -> Option<u64> {
         let slot = self.slots.get(usize::from(slot_of(rip)));
-        (slot.not_rip == !rip).then_some(slot.host)
+        (slot.mark == !rip).then_some(slot.host)
     }
 
     fn clear(&mut self, slot: u16) {
-        self.slots.set(usize::from(slot), Slot { not_rip: empty(slot), host: 0 });
+        self.slots.set(usize::from(slot), Slot { mark: empty(slot), host: 0 });
     }
 
     fn remove(&mut self, what: Entered) {
@@ -189,8 +211,9 @@ impl JumpTable {
         let slot = self.links.get(link as usize);
         if slot.host != 0 {
             self.links.set(link as usize, Slot::default());
-            let list = &mut self.by_page[list_of(!slot.not_rip)];
-            if let Some(at) = list.iter().position(|l| *l == link) {
+            let page = if self.exact { !slot.mark } else { LINK_BIAS.wrapping_sub(slot.mark) };
+            let list = &mut self.by_page[list_of(page)];
+            if let Some(at) = list.iter().position(|l| l.0 == link) {
                 list.swap_remove(at);
             }
         }
@@ -233,12 +256,9 @@ impl JumpTable {
             return;
         }
         for list in [list_of(first), list_of(first.wrapping_sub(1))] {
-            let goes = |link: &u32| {
-                let rip = !self.links.get(*link as usize).not_rip;
-                rip.wrapping_sub(from) < to.wrapping_sub(from)
-            };
-            let going: Vec<u32> = self.by_page[list].iter().copied().filter(goes).collect();
-            for link in going {
+            let goes = |(_, rip): &(u32, u64)| rip.wrapping_sub(from) < to.wrapping_sub(from);
+            let going: Vec<_> = self.by_page[list].iter().copied().filter(goes).collect();
+            for (link, _) in going {
                 self.unlink(link);
             }
         }
@@ -283,10 +303,17 @@ mod tests {
 
     #[test]
     fn a_link_holds_until_its_page_is_invalidated() {
-        let mut t = JumpTable::new();
+        for t in [JumpTable::new(), JumpTable::of_offsets()] {
+            check_links(t);
+        }
+    }
+
+    fn check_links(mut t: JumpTable) {
         let get = |t: &JumpTable, link: usize| {
             let slot = t.links.get(link);
-            (slot.host != 0).then_some((!slot.not_rip, slot.host))
+            let entry = t.by_page.iter().flatten().find(|l| l.0 == link as u32);
+            assert_eq!(entry.is_some(), slot.host != 0, "lists and links agree");
+            entry.map(|(_, rip)| (*rip, slot.host))
         };
         t.link(3, 0x7fff_1234_5678, 10, false);
         t.link(4, 0xffff_ffff_8100_0ff8, 11, true);
@@ -294,7 +321,8 @@ mod tests {
         t.link(6, u64::MAX, 13, false);
         t.link(LINKS as u32, 1, 14, false);
         assert_eq!(get(&t, 3), Some((0x7fff_1234_5678, 10)));
-        assert_eq!(get(&t, 6), None);
+        // Outside 64-bit mode, where there is no such RIP, its link would look empty.
+        assert_eq!(get(&t, 6), (!t.exact).then_some((u64::MAX, 13)));
         // What begins 8 bytes before a page may go on there.
         t.invalidate(0xffff_ffff_8100_1abc);
         assert_eq!((get(&t, 4), get(&t, 5)), (None, None));

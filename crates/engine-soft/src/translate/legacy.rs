@@ -293,6 +293,7 @@ pub fn string_expressions(i: &Instruction, facts: &Facts) -> (Option<Expression>
 pub fn accesses_of(i: &Instruction, kind: Kind, facts: &Facts, mut f: impl FnMut(Access)) {
     let access = |expression, displacement, size: usize, write| Access {
         expression,
+        operand: None,
         displacement,
         size: size as u32,
         write,

@@ -750,17 +750,54 @@ mod tests {
     use iced_x86::{Decoder, DecoderOptions};
     use x86::cpuid::CpuModel;
 
-    /// The hot code of a block, disassembled.
-    fn hot(code: &[u8]) -> Vec<String> {
+    fn block(code: &[u8]) -> Lowered {
         let model = CpuModel::by_name("x86-64-v3").unwrap();
         let features = Features::from_table(&model.table(0, 1, 1_000_000_000));
         let thunks = Thunks { bmi2: true, ..Thunks::default() };
         let mut page = [0xf4; 4096];
         page[..code.len()].copy_from_slice(code);
         let at = Location { hot: 0x10_0000, cold: 0x20_0000, exit: 0, link: 0 };
-        let l = lower(Origin::long(0x1000), &page, Shape::Grouped, &features, kernel::Mode::default(), &thunks, at)
-            .unwrap();
+        lower(Origin::long(0x1000), &page, Shape::Grouped, &features, kernel::Mode::default(), &thunks, at).unwrap()
+    }
+
+    /// The hot code of a block, disassembled.
+    fn hot(code: &[u8]) -> Vec<String> {
+        let l = block(code);
         Decoder::with_ip(64, &l.hot.bytes, 0x10_0000, DecoderOptions::NONE).iter().map(|i| i.to_string()).collect()
+    }
+
+    /// One that has no room would be interpreted for ever.
+    #[test]
+    fn the_largest_loop_has_room() {
+        // push, inc of [r9+r10*8+0x1000n], and mov r9 from there with flags that are kept; cmp eax, ecx before or behind; jne
+        for (access, kept) in
+            [([0x43u8, 0xff, 0xb4, 0xd1], false), ([0x43, 0xff, 0x84, 0xd1], false), ([0x4f, 0x8b, 0x8c, 0xd1], true)]
+        {
+            let compare = |wanted: bool| [0x39u8, 0xc8].into_iter().filter(move |_| wanted);
+            let mut code: Vec<u8> = compare(kept).collect();
+            for n in 0..94u32 {
+                code.extend(access);
+                code.extend((0x1000 * n).to_le_bytes());
+            }
+            code.extend(compare(!kept));
+            let back = -(code.len() as i32 + 6);
+            code.extend([0x0f, 0x85]);
+            code.extend(back.to_le_bytes());
+            let l = block(&code);
+            assert_eq!(l.count, 96);
+            let (hot, cold) = (l.hot.bytes.len(), l.cold.bytes.len());
+            assert!(hot.max(cold) < super::super::cache::BLOCK_ROOM, "{hot} {cold}");
+        }
+    }
+
+    #[test]
+    fn every_direct_jump_to_another_page_has_a_link() {
+        // jmp to 0x1fd3 + 0x1000n: targets near a page's end too, where two may share a slot of the jump table
+        for target in [0x2fd3u32, 0x2fff, 0x3000, 0x2000] {
+            let mut code = vec![0xe9];
+            code.extend((target - 0x1005).to_le_bytes());
+            assert_eq!(block(&code).links, 1, "{target:#x}");
+        }
     }
 
     #[test]

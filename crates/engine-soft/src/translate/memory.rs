@@ -379,9 +379,13 @@ impl Lower<'_> {
     pub(super) fn place(&mut self, plan: &Plan, access: &Access, fold: bool) -> Place {
         let e = &access.expression;
         self.addend(plan, access.group);
-        let place = match e.direct(host) {
-            Some(base) => Place::Indexed(base, C, access.displacement as i32),
-            None => {
+        let place = match (e.direct(host), &access.operand) {
+            (_, Some(operand)) => {
+                self.linear(A, operand, access.displacement);
+                Place::Indexed(A, C, 0)
+            }
+            (Some(base), None) => Place::Indexed(base, C, access.displacement as i32),
+            (None, None) => {
                 let from = match self.a {
                     Holds::Sum(group, from) if group == access.group => from,
                     _ => {

@@ -9,6 +9,7 @@
 //! A check that fails hands the block's remainder to a translation without groups ([`Shape::Single`]), where each access
 //! has its own; so nothing that a group's check is stricter about (page ends, write permission for a read) can be seen.
 
+use super::bounds::Bounds;
 use super::classify::{self, Kind};
 use super::facts::Facts;
 use super::flags::{self, Need};
@@ -18,6 +19,8 @@ use iced_x86::{Code, Decoder, DecoderError, DecoderOptions, Instruction, Mnemoni
 
 /// Most instructions of a block.
 pub const MAX_INSTRUCTIONS: usize = 48;
+/// Of one that is a loop: it pays to keep it in one piece.
+const MAX_LOOP: usize = 96;
 /// Most bytes that one check covers: the more, the likelier a page's end lies between.
 const REACH: i64 = 256;
 /// Slots for addends in [`super::JitState`].
@@ -131,9 +134,11 @@ impl Origin {
 pub struct Access {
     /// Address expression.
     pub expression: Expression,
+    /// That of the operand itself, if `expression` leaves out an index whose range is part of `size` ([`super::bounds`]).
+    pub operand: Option<Expression>,
     /// Constant part, at this instruction.
     pub displacement: i64,
-    /// Bytes.
+    /// Bytes, from the lowest that may be accessed.
     pub size: u32,
     /// Is it (also) a write?
     pub write: bool,
@@ -161,6 +166,8 @@ pub struct Group {
     pub span: i64,
     /// Is there a write?
     pub write: bool,
+    /// Does it cover more than what is accessed?
+    pub ranges: bool,
     /// Number of accesses.
     pub accesses: u32,
     /// Instruction before which the check stands.
@@ -174,7 +181,7 @@ pub struct Group {
 impl Group {
     /// Does the check stand right before its only access? Then the interpreter can take over there.
     pub fn is_single(&self) -> bool {
-        self.accesses == 1 && self.at == self.first && !self.is_ahead()
+        self.accesses == 1 && self.at == self.first && !self.is_ahead() && !self.ranges
     }
 
     /// Is it (also) checked before the loop that the block is?
@@ -243,10 +250,13 @@ impl Plan {
         verify: bool,
         kind: impl Fn(&Instruction) -> Kind,
     ) -> Option<Self> {
-        let mut limit = MAX_INSTRUCTIONS;
+        let mut limit = if shape == Shape::Grouped && !verify { MAX_LOOP } else { MAX_INSTRUCTIONS };
         loop {
             let mut plan = Plan::default();
             plan.decode(origin, page, limit, &kind);
+            if plan.steps.len() > MAX_INSTRUCTIONS && !plan.is_loop(origin.rip) {
+                plan.cut(MAX_INSTRUCTIONS);
+            }
             let last = plan.steps.last_mut()?;
             if last.kind == Kind::System(System::Sti) {
                 // The instruction behind STI belongs to it: an interrupt must not come between.
@@ -259,8 +269,15 @@ impl Plan {
                 return Some(plan);
             }
             // A shorter block needs fewer slots; one instruction has two accesses at most.
-            limit = plan.steps.len() / 2;
+            limit = if plan.steps.len() > MAX_INSTRUCTIONS { MAX_INSTRUCTIONS } else { plan.steps.len() / 2 };
         }
+    }
+
+    /// Leaves out what comes behind the first instructions.
+    fn cut(&mut self, len: usize) {
+        self.steps.truncate(len);
+        (self.ended, self.at_crossing) = (false, false);
+        self.vector = self.steps.iter().map(|s| vector_level(s.kind)).max().unwrap_or_default();
     }
 
     fn decode(&mut self, origin: &Origin, page: &[u8], limit: usize, kind: impl Fn(&Instruction) -> Kind) {
@@ -283,9 +300,7 @@ impl Plan {
             if kind == Kind::Jcc && i.near_branch_target() == i.next_ip() {
                 kind = Kind::Nop; // both ways lead to the next instruction, and no exit between them
             }
-            if let Kind::Vector(avx) = kind {
-                self.vector = self.vector.max(1 + u8::from(avx));
-            }
+            self.vector = self.vector.max(vector_level(kind));
             self.steps.push(step(i, kind));
             if ends_in(&i) > 0x1000 {
                 // Alone: what follows belongs to the next page's blocks.
@@ -379,13 +394,19 @@ impl Plan {
         // No check may be moved before this instruction.
         let mut barrier = 0;
         let mut next_version = 16;
+        let mut bounds = Bounds::default();
         for n in 0..self.steps.len() {
             before.push(values);
             let Step { i, kind, .. } = self.steps[n];
             self.steps[n].access = self.accesses.len();
             let first = self.accesses.len();
             match &origin.facts {
-                None => accesses_of(&i, kind, origin.page, |access| self.accesses.push(access)),
+                None => accesses_of(&i, kind, origin.page, |mut access| {
+                    if shape == Shape::Grouped {
+                        bounds.widen(&mut access, REACH);
+                    }
+                    self.accesses.push(access);
+                }),
                 Some(facts) => legacy::accesses_of(&i, kind, facts, |access| self.accesses.push(access)),
             }
             for a in first..self.accesses.len() {
@@ -410,6 +431,7 @@ impl Plan {
                         g.low = g.low.min(relative);
                         g.span = high - g.low;
                         g.write |= access.write;
+                        g.ranges |= access.operand.is_some();
                         g.accesses += 1;
                         number
                     }
@@ -421,6 +443,7 @@ impl Plan {
                             low: relative,
                             span: i64::from(access.size),
                             write: access.write,
+                            ranges: access.operand.is_some(),
                             accesses: 1,
                             at: barrier,
                             first: n,
@@ -440,6 +463,7 @@ impl Plan {
             }
             if is_barrier(kind) {
                 open.clear();
+                bounds.forget();
                 barrier = n + 1;
                 for v in &mut values {
                     *v = Value { version: next_version, delta: 0 };
@@ -449,6 +473,7 @@ impl Plan {
                 legacy::step_values(&i, kind, facts, &mut values, &mut next_version);
             } else {
                 step_values(&i, kind, &mut values, &mut next_version);
+                bounds.step(&i, kind);
             }
         }
         // Where the checks stand; `at` is the earliest place so far. A block of single accesses must be able to leave each to
@@ -489,20 +514,26 @@ impl Plan {
     /// compared with the page of the round before. Nothing in such a block can end what a check promises: there is no
     /// barrier, and whoever changes translations has the loop left at its poll.
     fn find_invariants(&mut self, before: &[Values], after: &Values, moving: bool) {
+        let mut ahead = 0;
         for g in &mut self.groups {
+            // The others need some slots too.
+            if ahead == ADDENDS - 4 {
+                break;
+            }
             let whole = |values: &Values| constants(values, &g.expression);
             let start = whole(&before[0]);
             if start.0 != whole(&before[g.first]).0 || start.0 != whole(after).0 {
                 continue;
             }
-            let ahead = g.relative.wrapping_sub(start.1);
+            let low = g.relative.wrapping_sub(start.1);
             if start != whole(after) {
-                g.moving = moving.then_some(ahead);
-                continue;
+                g.moving = moving.then_some(low);
+            } else {
+                g.invariant = true;
+                g.at = 0;
+                g.low = low;
             }
-            g.invariant = true;
-            g.at = 0;
-            g.low = ahead;
+            ahead += usize::from(g.is_ahead());
         }
     }
 
@@ -589,6 +620,14 @@ fn names_many(i: &Instruction) -> bool {
     (0..i.op_count()).filter(needs).count() > 2
 }
 
+/// The level of vector state that an instruction uses: see [`Plan::vector`].
+fn vector_level(kind: Kind) -> u8 {
+    match kind {
+        Kind::Vector(avx) => 1 + u8::from(avx),
+        _ => 0,
+    }
+}
+
 /// Does a block end behind the instruction?
 fn is_end(kind: Kind) -> bool {
     matches!(kind, Kind::Stop | Kind::Jmp | Kind::Ret | Kind::JmpIndirect | Kind::CallIndirect | Kind::Call)
@@ -620,6 +659,7 @@ fn constants(values: &Values, e: &Expression) -> ([u32; 2], i64) {
 fn accesses_of(i: &Instruction, kind: Kind, linear_page: u64, mut f: impl FnMut(Access)) {
     let stack = |displacement, write| Access {
         expression: Expression::STACK,
+        operand: None,
         displacement,
         size: 8,
         write,
@@ -628,7 +668,7 @@ fn accesses_of(i: &Instruction, kind: Kind, linear_page: u64, mut f: impl FnMut(
     };
     let operand = |size: usize, write| {
         let (expression, displacement) = expression_of(i, linear_page);
-        Access { expression, displacement, size: size as u32, write, group: 0, relative: 0 }
+        Access { expression, operand: None, displacement, size: size as u32, write, group: 0, relative: 0 }
     };
     match kind {
         Kind::Plain | Kind::Vector(_) if (0..i.op_count()).any(|n| i.op_kind(n) == OpKind::Memory) => {
@@ -643,6 +683,7 @@ fn accesses_of(i: &Instruction, kind: Kind, linear_page: u64, mut f: impl FnMut(
         Kind::Pop | Kind::Ret => f(stack(0, false)),
         Kind::Leave => f(Access {
             expression: Expression { base: Base::Register(5), ..Expression::STACK },
+            operand: None,
             displacement: 0,
             size: 8,
             write: false,
