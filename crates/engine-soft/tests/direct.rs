@@ -25,6 +25,7 @@ const LOG: u64 = 1;
 const END: u64 = 2;
 const REMAP: u64 = 3;
 const PROTECT: u64 = 4;
+const WATCH: u64 = 5;
 
 /// A bench whose VP has been prepared, so that processes can be made.
 fn bench(direct: DirectMode) -> Bench {
@@ -57,14 +58,13 @@ fn kernel(b: &Bench) {
     }
     let handler = CODE + 0x1000;
     b.code(handler, |a| {
-        let (mut log, mut end, mut remap, mut protect, mut out) =
-            (a.create_label(), a.create_label(), a.create_label(), a.create_label(), a.create_label());
+        let [mut log, mut end, mut remap, mut protect, mut watch, mut out] = std::array::from_fn(|_| a.create_label());
         a.mov(rax, STACKS + 0x1000).unwrap();
         a.xchg(rax, rsp).unwrap();
         a.push(rax).unwrap();
         a.push(rcx).unwrap();
         a.push(r11).unwrap();
-        for (number, label) in [(LOG, log), (END, end), (REMAP, remap), (PROTECT, protect)] {
+        for (number, label) in [(LOG, log), (END, end), (REMAP, remap), (PROTECT, protect), (WATCH, watch)] {
             a.cmp(rdi, number as i32).unwrap();
             a.je(label).unwrap();
         }
@@ -96,6 +96,11 @@ fn kernel(b: &Bench) {
         a.and(qword_ptr(rdx + rsi * 8), !1i32).unwrap();
         a.mov(rax, cr3).unwrap();
         a.mov(cr3, rax).unwrap();
+        a.jmp(out).unwrap();
+        a.set_label(&mut watch).unwrap();
+        // Breakpoint 0 is at RSI, and DR7 is RDX.
+        a.mov(dr0, rsi).unwrap();
+        a.mov(dr7, rdx).unwrap();
         a.set_label(&mut out).unwrap();
         a.pop(r11).unwrap();
         a.pop(rcx).unwrap();
@@ -137,6 +142,24 @@ fn kernel(b: &Bench) {
         });
         b.gate(vector, at);
     }
+    // #DB: which one it was, and the second byte of the address behind it, are logged.
+    b.code(CODE + 0x3200, |a| {
+        a.push(rax).unwrap();
+        a.push(rdx).unwrap();
+        a.mov(rax, dr6).unwrap();
+        a.mov(edx, dword_ptr(rsp + 16)).unwrap();
+        a.shl(edx, 16).unwrap();
+        a.and(eax, 0xffff).unwrap();
+        a.or(eax, edx).unwrap();
+        a.mov(dx, u32::from(PORT_LOG)).unwrap();
+        a.out(dx, eax).unwrap();
+        a.mov(eax, 0xffff_0ff0u32).unwrap();
+        a.mov(dr6, rax).unwrap();
+        a.pop(rdx).unwrap();
+        a.pop(rax).unwrap();
+        a.iretq().unwrap();
+    });
+    b.gate(1, CODE + 0x3200);
     // The timer counts at DATA + 8.
     b.code(CODE + 0x4000, |a| {
         a.push(rax).unwrap();
@@ -380,6 +403,60 @@ fn the_processor_is_the_guests() {
     });
     assert!(log.iter().all(|v| *v != 0xffff_ffff));
     assert_eq!((log[3], log[4], log[5], log.last()), (7, 0x33, 0, Some(&0x33)));
+}
+
+#[test]
+fn breakpoints_and_rare_flags() {
+    let (log, _) = compare(|a| {
+        let [mut round, mut no_watch, mut no_end] = std::array::from_fn(|_| a.create_label());
+        a.xor(r12d, r12d).unwrap();
+        a.mov(rbx, SMALL + 2 * 0x1000).unwrap();
+        a.set_label(&mut round).unwrap();
+        // From the sixth round on to the fifteenth writes of eight bytes at RBX + 8 are watched.
+        a.cmp(r12d, 5).unwrap();
+        a.jne(no_watch).unwrap();
+        call(a, WATCH, |a| {
+            a.lea(rsi, ptr(rbx + 8)).unwrap();
+            a.mov(edx, 1u32 | 1 << 16 | 2 << 18).unwrap();
+        });
+        a.set_label(&mut no_watch).unwrap();
+        a.cmp(r12d, 15).unwrap();
+        a.jne(no_end).unwrap();
+        call(a, WATCH, |a| {
+            a.xor(esi, esi).unwrap();
+            a.xor(edx, edx).unwrap();
+        });
+        a.set_label(&mut no_end).unwrap();
+        a.mov(qword_ptr(rbx), r12).unwrap();
+        a.add(dword_ptr(rbx + 12), 3).unwrap();
+        a.mov(rax, qword_ptr(rbx + 8)).unwrap();
+        a.mov(qword_ptr(rbx + 0x1000), rax).unwrap();
+        a.inc(r12d).unwrap();
+        a.cmp(r12d, 20).unwrap();
+        a.jb(round).unwrap();
+        // NT and ID, over faults and calls, set and cleared.
+        for flags in [1 << 14, 1 << 21, 1 << 14 | 1 << 21, 0] {
+            a.pushfq().unwrap();
+            a.and(dword_ptr(rsp), !(1 << 14 | 1 << 21)).unwrap();
+            a.or(dword_ptr(rsp), flags).unwrap();
+            a.popfq().unwrap();
+            for page in 0..3 {
+                call(a, PROTECT, |a| {
+                    a.mov(esi, 8u32 + page).unwrap();
+                });
+                a.mov(dword_ptr(rbx + 6 * 0x1000 + page as i32 * 0x1000), r12d).unwrap();
+                a.pushfq().unwrap();
+                a.pop(rsi).unwrap();
+                call(a, LOG, |_| {});
+            }
+        }
+        call(a, END, |a| {
+            a.mov(esi, dword_ptr(rbx + 12)).unwrap();
+        });
+    });
+    assert_eq!(log.iter().filter(|v| **v & 0xffff == 0xff1).count(), 10, "{log:x?}");
+    assert_eq!(log.iter().rev().take(12).filter(|v| **v & (1 << 14) != 0).count(), 6, "{log:x?}");
+    assert_eq!(log.iter().rev().take(12).filter(|v| **v & (1 << 21) != 0).count(), 6, "{log:x?}");
 }
 
 #[test]
