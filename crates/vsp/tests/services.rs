@@ -63,7 +63,7 @@ fn negotiate(guest: &Guest, vsc: &Vsc) -> ServiceVersion {
 }
 
 fn wait_until(mut f: impl FnMut() -> bool) {
-    let end = std::time::Instant::now() + Duration::from_secs(10);
+    let end = std::time::Instant::now() + Duration::from_secs(60);
     while !f() {
         assert!(std::time::Instant::now() < end, "it did not happen");
         std::thread::sleep(Duration::from_millis(2));
