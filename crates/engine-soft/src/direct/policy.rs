@@ -238,4 +238,38 @@ mod tests {
         assert!(s.loaded(6, false), "another address space");
         assert!(!s.active());
     }
+
+    #[test]
+    fn a_page_is_left_to_the_translator_until_code_has_left_it() {
+        let second = 1_000_000;
+        let mut s = Space::default();
+        s.loaded(5, false);
+        s.begin();
+        s.spent(1000, 0, second);
+        assert!(s.goes(0x1234) && s.step_aside(0x1234, second));
+        assert!(!s.goes(0x1fff) && !s.now(0x1000) && s.now(0x2000));
+        for _ in 1..LINGER {
+            assert!(!s.goes(0x2000));
+        }
+        assert!(s.goes(0x2000));
+        // It comes back there: from the beginning.
+        assert!(!s.goes(0x1000) && !s.goes(0x2000));
+        s.back();
+        assert!(s.goes(0x1000));
+        // To and fro all the time.
+        assert_eq!((0..HOT).filter(|_| s.step_aside(0x1000, second)).count() as u32, HOT - 1);
+        s.suspend(second);
+        assert!(!s.goes(0x2000) && s.active());
+    }
+
+    #[test]
+    fn what_was_lost_since_the_last_interrupt_is_asked_once() {
+        let mut s = Space::default();
+        s.loaded(5, false);
+        s.begin();
+        s.spent(10, 1000, 1_000_000);
+        assert!(s.has_lost() && !s.has_lost());
+        s.spent(1000, 10, 1_000_000);
+        assert!(!s.has_lost());
+    }
 }
