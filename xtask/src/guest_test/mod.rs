@@ -83,6 +83,8 @@ pub fn run(cases: &[Case], bench: &Bench) -> Result<Tally> {
     needed.sort_unstable();
     needed.dedup();
     bench.guests.ensure(&needed)?;
+    // Some make their disks there.
+    std::fs::create_dir_all(log_folder()).context("cannot make the folder for logs")?;
 
     let slots = Slots::new(std::thread::available_parallelism().map_or(1, |n| n.get() as u32));
     let tally = Mutex::new(Tally::default());
