@@ -55,7 +55,7 @@ pub struct Direct {
     /// Uses of seats.
     turns: u64,
     /// The last interrupt that was looked at: when it came (host TSC ticks), and how many exits from user mode there had been.
-    looked: (u64, u64),
+    last_interrupt: (u64, u64),
     /// Host TSC ticks of going in and coming back.
     overhead: u64,
 }
@@ -86,14 +86,16 @@ impl Direct {
                 state: Box::new([0; x86::xsave::AREA_SIZE]),
             });
         }
-        let mut direct = Self { seats, blocks, looked_at: HashMap::new(), turns: 0, looked: (0, 0), overhead: 0 };
+        let mut direct =
+            Self { seats, blocks, looked_at: HashMap::new(), turns: 0, last_interrupt: (0, 0), overhead: 0 };
         direct.overhead = direct.measure()?;
         Ok(direct)
     }
 
-    /// The number of the block at this address.
-    fn block(&self, address: usize) -> Option<usize> {
-        self.blocks.iter().position(|b| Arc::as_ptr(b).addr() == address)
+    /// Where a physical page is that the processes can map: the block's number, and the offset there.
+    fn place_of(&self, vp: &mut crate::vp::SoftVp, gpa: u64) -> Option<(usize, u64)> {
+        let (address, offset) = vp.mmu.block_of(gpa)?;
+        Some((self.blocks.iter().position(|b| Arc::as_ptr(b).addr() == address)?, offset))
     }
 
     /// The seat of an address space: its own, a free one, or that which was not used for longest. The second value: whom it

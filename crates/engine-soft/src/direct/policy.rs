@@ -1,9 +1,10 @@
 //! For which address spaces direct execution pays.
 //!
 //! Going in and coming back costs some ten microseconds, and every page that is used must be mapped first. So an address
-//! space is tried when interrupts have found it in user mode a few times running, and an account is kept: time in guest
-//! code counts for what the translator would have taken longer, everything else against it. Who is overdrawn is given up,
-//! and tried again after twice as many interrupts.
+//! space is tried when interrupts have found it in user mode a few times running, with few system calls and exceptions
+//! between them, and an account is kept: time in guest code counts for what the translator would have taken longer,
+//! everything else against it. Who is overdrawn is given up, and tried again after twice as many interrupts. Who has lost
+//! since the last interrupt, with many calls and exceptions, is put off until it is calm again.
 
 use x86::paging::PAGE_MASK;
 

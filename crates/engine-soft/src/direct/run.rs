@@ -89,13 +89,13 @@ impl SoftVp {
         let second = self.partition.clock.tsc_frequency_hz();
         let Some(direct) = &mut self.direct else { return };
         let (now, exits) = (host_tsc(), self.run.user_exits);
-        let (since, before) = direct.looked;
+        let (since, before) = direct.last_interrupt;
         let elapsed = now.wrapping_sub(since);
         let user = self.s.cpl == 3;
         let space = self.mmu.space();
         // Interrupts that come in a burst say nothing.
         if elapsed > second / 1000 {
-            direct.looked = (now, exits);
+            direct.last_interrupt = (now, exits);
             // To come back, to map the page that is new, and to go in: a quarter of the time at most.
             // (A loaded state begins to count anew.)
             let lost = exits.saturating_sub(before).saturating_mul(2 * direct.overhead);
@@ -418,11 +418,7 @@ fn update(vp: &mut SoftVp, direct: &mut Direct, seat: usize) -> io::Result<bool>
                     };
                     // Physically adjacent pages may lie in several mappings.
                     for page in (0..len).step_by(PAGE_SIZE as usize) {
-                        let Some((block, offset)) =
-                            vp.mmu.block_of(gpa + page).and_then(|(m, o)| Some((direct.block(m)?, o)))
-                        else {
-                            continue;
-                        };
+                        let Some((block, offset)) = direct.place_of(vp, gpa + page) else { continue };
                         if let Some(MapOp::Map { at: a, len, block: b, offset: o, prot: p }) = ops.last_mut()
                             && (*a + *len, *o + *len, *b, *p) == (at + page, offset, block, prot)
                         {
@@ -559,7 +555,7 @@ fn map_code(vp: &mut SoftVp, direct: &mut Direct, la: u64) -> Found {
             continue;
         }
         let gpa = seen.gpa & !PAGE_MASK;
-        if vp.mmu.block_of(gpa).is_none_or(|(m, _)| direct.block(m).is_none()) {
+        if direct.place_of(vp, gpa).is_none() {
             continue;
         }
         let generation = vp.partition.track_code(gpa >> 12);
@@ -626,7 +622,7 @@ fn map_data(vp: &mut SoftVp, direct: &Direct, la: u64) -> bool {
     if before == Some(rights) || before == Some(Rights::Write) || before == Some(Rights::Execute) && !write {
         return false;
     }
-    if vp.mmu.block_of(gpa).is_none_or(|(m, _)| direct.block(m).is_none()) {
+    if direct.place_of(vp, gpa).is_none() {
         return false;
     }
     let span = if shift > 12 { 512 } else { AROUND };

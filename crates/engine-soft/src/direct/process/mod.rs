@@ -14,7 +14,7 @@
 //! a seccomp filter that lets it map files shared, unmap, and nothing more. The filter has a second purpose: the kernel
 //! executes the system calls of its vsyscall page itself, unseen by ptrace, but not unseen by seccomp.
 //!
-//! **What guest code sees that is not the guest's.** What [`super::screen`] finds in code (CPUID faults on some processors:
+//! **What guest code sees that is not the guest's.** What [`super::scan`] finds in code (CPUID faults on some processors:
 //! [`Process::cpuid_faults`]; RDTSC and RDTSCP do if that is asked for: [`Tsc`]); the selectors; the stub and the (emptied)
 //! commands, which can be read and not written.
 
