@@ -7,7 +7,7 @@ mod common;
 mod compare;
 
 use common::{Bench, CODE, DATA};
-use compare::{Ended, Random, Sequence, bench};
+use compare::{Ended, Rng, Sequence, bench};
 use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 use partition::{Gpa, TranslateMode};
 use viridian_engine_soft::features::Features;
@@ -100,7 +100,7 @@ fn acceptable(i: &Instruction, kind: Kind, info: &mut InstructionInfoFactory) ->
 }
 
 /// A random sequence of `count` instructions (with short forward branches).
-fn sequence(random: &mut Random, count: usize, features: &Features) -> Sequence {
+fn sequence(random: &mut Rng, count: usize, features: &Features) -> Sequence {
     let mut info = InstructionInfoFactory::new();
     let (mut bytes, mut text) = (Vec::new(), Vec::new());
     // Flags that the manual calls undefined at this point (iced's bits): the two may leave them differently.
@@ -162,7 +162,7 @@ fn sequence(random: &mut Random, count: usize, features: &Features) -> Sequence 
 
 /// Executes 64-bit code from the state that `seed` says.
 fn run(b: &mut Bench, code: &[u8], at: u64, seed: u64) -> Ended {
-    let mut random = Random(seed);
+    let mut random = Rng::new(seed);
     let mut state = b.long_state(0, at);
     for n in 0..16 {
         if n == gpr::RSP {
@@ -196,7 +196,7 @@ fn run(b: &mut Bench, code: &[u8], at: u64, seed: u64) -> Ended {
 fn random_sequences_end_alike() {
     let model = CpuModel::by_name("x86-64-v3").unwrap();
     let features = Features::from_table(&model.table(0, 1, 1_000_000_000));
-    let make = |random: &mut Random, case: u64| {
+    let make = |random: &mut Rng, case: u64| {
         let most = match case {
             _ if case % 4 == 0 => 64,
             _ if case % 64 == 1 => 300,
@@ -292,7 +292,7 @@ fn bounded_indices_end_alike() {
     let words = [ax, dx, di, bp, r8w, r11w, r13w, r15w];
     let bytes = [al, dl, dil, bpl, r8b, r11b, r13b, r15b];
     let bases = [rbx, rsi, r12, r9, r10, rsp];
-    let make = |random: &mut Random, _| {
+    let make = |random: &mut Rng, _| {
         let mut a = CodeAssembler::new(64).unwrap();
         let mut again = a.create_label();
         let looped = random.below(2) == 0;

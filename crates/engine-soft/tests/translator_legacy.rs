@@ -7,7 +7,7 @@ mod common;
 mod compare;
 
 use common::Bench;
-use compare::{Ended, Random, Sequence, bench};
+use compare::{Ended, Rng, Sequence, bench};
 use iced_x86::{Decoder, DecoderOptions, Instruction, InstructionInfoFactory, Mnemonic, OpAccess, OpKind, Register};
 use partition::{Gpa, TranslateMode, VpState};
 use viridian_engine_soft::features::Features;
@@ -251,7 +251,7 @@ fn acceptable(i: &Instruction, kind: Kind, mode: Mode, info: &mut InstructionInf
 }
 
 /// A random sequence of `count` instructions (with short forward branches).
-fn sequence(random: &mut Random, count: usize, mode: Mode, features: &Features) -> Sequence {
+fn sequence(random: &mut Rng, count: usize, mode: Mode, features: &Features) -> Sequence {
     let mut info = InstructionInfoFactory::new();
     let (mut bytes, mut text) = (Vec::new(), Vec::new());
     let facts = mode.facts();
@@ -322,7 +322,7 @@ fn sequence(random: &mut Random, count: usize, mode: Mode, features: &Features) 
 
 /// Executes code of a mode from the state that `seed` says.
 fn run(b: &mut Bench, mode: Mode, code: &[u8], at: u64, seed: u64) -> Ended {
-    let mut random = Random(seed);
+    let mut random = Rng::new(seed);
     let mut state = mode.state(b, at);
     let pointers = if mode.segments() { 0 } else { SEGMENTS + 0x1000 };
     for n in 0..16 {
@@ -368,7 +368,7 @@ fn random_count(case: u64, most: u64) -> usize {
 fn random_sequences_end_alike() {
     let model = CpuModel::by_name("x86-64-v3").unwrap();
     let features = Features::from_table(&model.table(0, 1, 1_000_000_000));
-    let make = |random: &mut Random, case: u64| {
+    let make = |random: &mut Rng, case: u64| {
         let mode = MODES[random.below(MODES.len() as u64) as usize];
         let most = if case % 4 == 0 { 64 } else { 12 };
         (mode, sequence(random, 1 + random_count(case, most), mode, &features))

@@ -2,27 +2,12 @@
 //! how they end.
 
 use crate::common::{Bench, PORT_DONE, RAM};
+pub use fuzzing::Rng;
 use partition::{DirectMode, EngineOptions, GuestMemory, RunExit, TranslateMode, VpState};
 use std::fmt::Debug;
 use viridian_engine_soft::partition_impl::SoftEngine;
 use x86::regs::rflags;
 use x86::xsave::legacy;
-
-/// xorshift: the sequence is the same in every run with the same seed.
-pub struct Random(pub u64);
-
-impl Random {
-    pub fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d)
-    }
-
-    pub fn below(&mut self, n: u64) -> u64 {
-        (self.next() >> 11) % n
-    }
-}
 
 /// One VP with this way of execution.
 pub fn bench(translate: TranslateMode) -> Bench {
@@ -51,7 +36,7 @@ impl Sequence {
 }
 
 /// Any vector registers and status flags, with all of x86-64-v3's state enabled.
-pub fn scramble(state: &mut VpState, random: &mut Random) {
+pub fn scramble(state: &mut VpState, random: &mut Rng) {
     state.rflags |= random.next() & rflags::STATUS;
     state.cr4 |= x86::regs::cr4::OSXSAVE;
     state.xcr0 = 7;
@@ -79,13 +64,12 @@ fn number(name: &str) -> Option<u64> {
 pub fn compare<M: Copy + Debug>(
     cases: u64,
     first: u64,
-    mut make: impl FnMut(&mut Random, u64) -> (M, Sequence),
+    mut make: impl FnMut(&mut Rng, u64) -> (M, Sequence),
     mut run: impl FnMut(&mut Bench, M, &[u8], u64, u64) -> Ended,
 ) -> (u64, u64) {
     let cases = number("VIRIDIAN_DIFF_CASES").unwrap_or(cases);
     let seed = number("VIRIDIAN_DIFF_SEED").unwrap_or(0x1234_5678_9abc_def1);
-    // xorshift stands still at 0.
-    let mut random = Random(seed.max(1));
+    let mut random = Rng::new(seed);
     let (mut on, mut off) = (bench(TranslateMode::On), bench(TranslateMode::Off));
     let mut at = first;
     let mut faults = 0;
